@@ -1,0 +1,330 @@
+"""Turn the codes of a quantized weight and its scales into BF16 values, on a GPU or on the CPU.
+
+Both paths take the codes as plain bytes and decode them with integer operations. A minifloat with
+at most 5 exponent and 10 mantissa bits, moved to float16's bit positions, is a float16 that is too
+small by a constant power of two; float16 widens to float32 exactly, its subnormals included. So no
+FP8 type reaches Triton, which refuses them on GPUs older than sm_89, nor torch's own float8 cast,
+which is several times slower than all of this together.
+
+    out[i, j] = bfloat16(float32(decode(codes[i, j])) * float32(scale of the block of i, j))
+
+The product is rounded to float32 and then once to BF16, both to nearest even, on either device.
+Every NaN becomes 0x7FC0, so the bytes do not depend on where they were computed.
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+BF16_NAN = 0x7FC0
+# Elements of CPU scratch: 6 bytes each, small enough to stay in one core's second-level cache and
+# large enough that dispatching six torch operations costs little. Half and double are slower.
+BAND = 1 << 17
+
+
+@dataclass(frozen=True)
+class NumberFormat:
+    """What the bits of a code mean: a sign, then an exponent and a mantissa.
+
+    exponent_bits is 0 for two's complement integers. special is the smallest magnitude (the code
+    without its sign) that is no finite number. Source: OCP 8-bit Floating Point Specification.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    special: int
+
+    @property
+    def shift(self) -> int:
+        """Left shift that moves the mantissa to float16's (10 bits)."""
+        return 10 - self.mantissa_bits
+
+    @property
+    def mask(self) -> int:
+        """The bits of a float16, as int16, that a sign-extended and shifted code may set."""
+        magnitude = (1 << self.exponent_bits + self.mantissa_bits) - 1
+        return (magnitude << self.shift) - 0x8000
+
+    @property
+    def rescale(self) -> float:
+        """The power of two by which the float16 is too small: the exponent biases' difference."""
+        return 2.0 ** (16 - 2 ** (self.exponent_bits - 1)) if self.exponent_bits else 1.0
+
+
+FORMATS = {
+    "E4M3": NumberFormat(exponent_bits=4, mantissa_bits=3, special=0x7F),  # 0x7F is NaN, no infinity
+    "E5M2": NumberFormat(exponent_bits=5, mantissa_bits=2, special=0x7C),  # 0x7C is infinity
+    "INT8": NumberFormat(exponent_bits=0, mantissa_bits=7, special=0x100),
+}
+FORMAT_OF_DTYPE = {
+    torch.float8_e4m3fn: "E4M3",
+    torch.float8_e5m2: "E5M2",
+    torch.uint8: "E4M3",
+    torch.int8: "INT8",
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which scale belongs to which element of a (rows, cols) weight.
+
+    The scales are a matrix of scale_shape with one entry per block of block_rows x block_cols
+    elements; blocks at the right and bottom edge may be cut off. Blocks start anew every `part`
+    rows: the rows of one expert in a stacked weight, all rows otherwise.
+    """
+
+    rows: int
+    cols: int
+    block_rows: int
+    block_cols: int
+    part: int
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        parts = -(-self.rows // self.part)
+        return parts * self.scale_rows_per_part, -(-self.cols // self.block_cols)
+
+    @property
+    def scale_rows_per_part(self) -> int:
+        return -(-self.part // self.block_rows)
+
+    def scale_row(self, row: int) -> int:
+        part, row = divmod(row, self.part)
+        return part * self.scale_rows_per_part + row // self.block_rows
+
+    def scale_region(self, start: int, stop: int) -> tuple[int, int, int, int]:
+        """Return first row, row end, first column, column end of the scales of a range.
+
+        start, stop: elements of the row-major weight. The region is one contiguous run of scales:
+        either all columns or a single row.
+        """
+        row, last_row = start // self.cols, (stop - 1) // self.cols
+        rows = self.scale_row(row), self.scale_row(last_row) + 1
+        if row != last_row:
+            return *rows, 0, self.scale_shape[1]
+        first, last = start % self.cols, (stop - 1) % self.cols
+        return *rows, first // self.block_cols, last // self.block_cols + 1
+
+
+def weight_dequant(
+    x: torch.Tensor, s: torch.Tensor, block_size: int | tuple[int, int] = 128
+) -> torch.Tensor:
+    """Dequantize a weight with one scale per block, on the device where its tensors are.
+
+    x: (M, N) codes, contiguous; float8_e4m3fn, float8_e5m2, uint8 (E4M3 codes) or int8 (integers).
+    s: (ceil(M / block rows), ceil(N / block columns)) scales of any floating dtype.
+    block_size: rows and columns of a block; one number for a square block.
+
+    Returns (M, N) bfloat16. Raises ValueError where shapes, dtypes or devices do not fit.
+    """
+    block_rows, block_cols = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if x.dtype not in FORMAT_OF_DTYPE:
+        raise ValueError(f"weight_dequant: codes are {x.dtype}; expected one of {[*FORMAT_OF_DTYPE]}")
+    if x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"weight_dequant: codes of shape {tuple(x.shape)} are not a contiguous matrix")
+    if x.device != s.device:
+        raise ValueError(f"weight_dequant: codes are on {x.device}, scales on {s.device}")
+    grid = Grid(*x.shape, block_rows, block_cols, part=max(1, x.shape[0]))
+    if tuple(s.shape) != grid.scale_shape:
+        raise ValueError(
+            f"weight_dequant: scales are {tuple(s.shape)}; blocks of {block_rows}x{block_cols} over "
+            f"codes {tuple(x.shape)} need {grid.scale_shape}"
+        )
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    dequantize(x.view(torch.uint8).flatten(), s.float(), out.flatten(), FORMAT_OF_DTYPE[x.dtype], grid)
+    return out
+
+
+@torch.inference_mode()
+def dequantize(
+    codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, number_format: str, grid: Grid, start: int = 0
+) -> torch.Tensor:
+    """Dequantize a range of a weight's elements, which may begin and end inside a row.
+
+    codes: (n,) uint8, the elements [start, start + n) of the row-major weight that `grid` describes.
+    scales: float32, contiguous, the part of the scale matrix that grid.scale_region names.
+    out: (n,) bfloat16, filled. All three on one device, where the work is done.
+    number_format: a key of FORMATS.
+
+    Returns the number of NaN in out: an integer tensor on that device, which need not be done yet.
+    """
+    stop = start + codes.numel()
+    if start == stop:
+        return torch.zeros((), dtype=torch.int64)
+    path = _dequantize_triton if codes.is_cuda else _dequantize_cpu
+    return path(codes, scales, out, FORMATS[number_format], grid, start, stop)
+
+
+def _pieces(start: int, stop: int, cols: int, limit: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a range of elements into (row, col, M, N) rectangles of at most `limit` elements.
+
+    A rectangle is the rest of a row, whole rows, or the start of a row, and so a run of elements.
+    """
+    while start < stop:
+        row, col = divmod(start, cols)
+        if col or min(limit, stop - start) < cols:
+            M, N = 1, min(cols - col, stop - start, limit)
+        else:
+            M, N = min(limit, stop - start) // cols, cols
+        yield row, col, M, N
+        start += M * N
+
+
+def _dequantize_cpu(codes, scales, out, fmt, grid, start, stop) -> torch.Tensor:
+    first_row, _, first_col, _ = grid.scale_region(start, stop)
+    # The scale takes over float16's missing power of two, which is exact unless it overflows. Then,
+    # and where a NaN or an infinity can come up, the steps are taken one by one.
+    rescaled = scales * fmt.rescale
+    ordinary_scales = rescaled.abs().max().item() < torch.inf
+    size = min(BAND, stop - start)
+    bits = torch.empty(size, dtype=torch.int16)
+    values = torch.empty(size, dtype=torch.float32)
+    nans = torch.zeros((), dtype=torch.int64)
+    at = 0
+    for row, col, M, N in _pieces(start, stop, grid.cols, BAND):
+        n = M * N
+        band_codes, band, band_out = codes[at : at + n], values[:n], out[at : at + n]
+        _decode(band_codes, bits[:n], band, fmt)
+        simple = ordinary_scales and _largest_magnitude(band_codes) < fmt.special
+        if not simple:
+            if fmt.exponent_bits < 5:  # float16's own codes are E5M2's infinities and NaN
+                band[(band_codes & 0x7F) >= fmt.special] = torch.nan
+            band *= fmt.rescale
+        s = (rescaled if simple else scales)[:, col // grid.block_cols - first_col :]
+        _scale(band.view(M, N), _scales_of_rows(s, grid, row, M, first_row), col, grid.block_cols)
+        band_out.copy_(band)
+        if not simple:
+            nan = band.isnan()
+            band_out.view(torch.int16)[nan] = BF16_NAN
+            nans += nan.sum()
+        at += n
+    return nans
+
+
+def _largest_magnitude(codes: torch.Tensor) -> int:
+    """Return the largest code without its sign bit, in two reductions that allocate nothing."""
+    return max(codes.view(torch.int8).max().item(), codes.max().item() - 0x80)
+
+
+def _decode(codes: torch.Tensor, bits: torch.Tensor, values: torch.Tensor, fmt: NumberFormat) -> None:
+    if not fmt.exponent_bits:
+        values.copy_(codes.view(torch.int8))
+        return
+    # int8 widens with its sign, which so arrives at the top; the multiplication is a left shift,
+    # and faster than torch's
+    bits.copy_(codes.view(torch.int8)).mul_(1 << fmt.shift).bitwise_and_(fmt.mask)
+    values.copy_(bits.view(torch.float16))
+
+
+def _scales_of_rows(scales: torch.Tensor, grid: Grid, row: int, M: int, first_row: int) -> torch.Tensor:
+    """Return (M, n) or (1, n) scales for the rows [row, row + M)."""
+    first, last = grid.scale_row(row) - first_row, grid.scale_row(row + M - 1) - first_row
+    if last - first in (0, M - 1):  # one row of scales for all, or for each its own
+        return scales[first : last + 1]
+    rows = torch.arange(row, row + M)
+    parts = rows.div(grid.part, rounding_mode="floor")
+    rows = rows.sub_(parts * grid.part).div_(grid.block_rows, rounding_mode="floor")
+    return scales[rows.add_(parts * grid.scale_rows_per_part).sub_(first_row)]
+
+
+def _scale(values: torch.Tensor, scales: torch.Tensor, col: int, block_cols: int) -> None:
+    """Multiply (M, N) values, whose first column is `col`, by (M or 1, blocks) scales in place."""
+    N = values.shape[1]
+    head = min(N, -col % block_cols)
+    blocks, tail = divmod(N - head, block_cols)
+    if head:
+        values[:, :head].mul_(scales[:, :1])
+        scales = scales[:, 1:]
+    if blocks:
+        whole = values[:, head : N - tail].unflatten(1, (blocks, block_cols))
+        whole.mul_(scales[:, :blocks, None])
+    if tail:
+        values[:, N - tail :].mul_(scales[:, blocks : blocks + 1])
+
+
+@functools.cache
+def weight_dequant_kernel():
+    """Return the Triton kernel. Triton is imported here, so the CPU path works where there is none."""
+    global tl  # where the kernel's body, compiled from its source, looks for the name
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(
+        codes_ptr, scales_ptr, out_ptr,
+        M, N, row, col, part, scale_rows_per_part, block_rows, block_cols, stride_scale,
+        EXPONENT_BITS: tl.constexpr, SHIFT: tl.constexpr, MASK: tl.constexpr,
+        RESCALE: tl.constexpr, SPECIAL: tl.constexpr,
+        BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_G: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+    ):  # fmt: skip
+        """out[i, j] = bfloat16(decode(codes[i, j]) * scales[scale row of row + i, (col + j) // block_cols])
+
+        codes: (M, N) uint8, out: (M, N) bfloat16 as int16, both row-major: the rectangle at
+        (row, col) of its part of the weight. scales: float32, the matrix from that rectangle's first
+        scale on. Grid: one program per tile of BLOCK_SIZE_M rows and BLOCK_SIZE_G groups of
+        BLOCK_SIZE_K columns. A group lies in one block, so that a thread loads one scale for many codes.
+        """
+        tiles_n = tl.cdiv(col % BLOCK_SIZE_K + N, BLOCK_SIZE_G * BLOCK_SIZE_K)
+        pid_m = tl.program_id(0) // tiles_n
+        pid_n = tl.program_id(0) % tiles_n
+
+        offs_m = pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
+        weight_row = row + offs_m
+        scale_row = weight_row // part * scale_rows_per_part + weight_row % part // block_rows
+        scale_row -= row // block_rows
+
+        group = col // BLOCK_SIZE_K + pid_n * BLOCK_SIZE_G + tl.arange(0, BLOCK_SIZE_G)
+        scale_col = group * BLOCK_SIZE_K // block_cols - col // block_cols
+        offs_g = group * BLOCK_SIZE_K - col
+        offs_n = offs_g[:, None] + tl.arange(0, BLOCK_SIZE_K)[None, :]
+
+        mask_m = (offs_m < M)[:, None, None]
+        mask = mask_m & ((offs_n >= 0) & (offs_n < N))[None, :, :]
+        mask_s = mask_m & ((offs_g > -BLOCK_SIZE_K) & (offs_g < N))[None, :, None]
+        offs = offs_m.to(tl.int64)[:, None, None] * N + offs_n[None, :, :]
+        offs_s = scale_row.to(tl.int64)[:, None, None] * stride_scale + scale_col[None, :, None]
+        code = tl.load(codes_ptr + offs, mask=mask, other=0)
+        scale = tl.load(scales_ptr + offs_s, mask=mask_s, other=0.0)
+
+        if EXPONENT_BITS == 0:
+            value = code.to(tl.int8, bitcast=True).to(tl.float32)
+        else:
+            bits = (code.to(tl.int8, bitcast=True).to(tl.int16) << SHIFT) & MASK
+            value = bits.to(tl.float16, bitcast=True).to(tl.float32) * RESCALE
+            if EXPONENT_BITS < 5:
+                value = tl.where((code & 0x7F) >= SPECIAL, float("nan"), value)
+        value *= scale
+
+        # Round to nearest even by hand: hardware makes other NaN, and the interpreter truncates.
+        wide = value.to(tl.int32, bitcast=True)
+        wide = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16
+        rounded = tl.where(value == value, wide, 0x7FC0).to(tl.int16)
+        tl.store(out_ptr + offs, rounded, mask=mask)
+
+    return kernel
+
+
+def _dequantize_triton(codes, scales, out, fmt, grid, start, stop) -> torch.Tensor:
+    bits = out.view(torch.int16)
+    first_row, _, first_col, _ = grid.scale_region(start, stop)
+    # A group of columns inside one block: the largest power of two that divides the block. One
+    # block that spans all columns has no inner edge.
+    block_size_k = 128 if grid.block_cols >= grid.cols else min(128, grid.block_cols & -grid.block_cols)
+    at = 0
+    for row, col, M, N in _pieces(start, stop, grid.cols, stop - start):
+        block_size_g = min(1024 // block_size_k, 1 << (-(-N // block_size_k) - 1).bit_length())
+        block_size_m = 4096 // (block_size_k * block_size_g)
+        tiles_n = -(-(col % block_size_k + N) // (block_size_g * block_size_k))
+        s = scales[grid.scale_row(row) - first_row :, col // grid.block_cols - first_col :]
+        with torch.cuda.device_of(codes):
+            weight_dequant_kernel()[(-(-M // block_size_m) * tiles_n,)](
+                codes[at:], s, bits[at:],
+                M, N, row % grid.part, col,
+                grid.part, grid.scale_rows_per_part, grid.block_rows, grid.block_cols, scales.stride(0),
+                fmt.exponent_bits, fmt.shift, fmt.mask, fmt.rescale, fmt.special,
+                block_size_m, block_size_g, block_size_k,
+            )  # fmt: skip
+        at += M * N
+    return out.isnan().sum()

@@ -1,0 +1,102 @@
+"""Make an FP8 checkpoint with DeepSeek-V3's names and shape relations, for a demo or a measurement.
+
+    python tests/make_checkpoint.py OUT [--size BYTES] [--shards N]
+
+Weights are float8_e4m3fn with one float32 scale per 128x128 block, ragged at both edges as in
+kv_a_proj_with_mqa (576 rows, a multiple of 64 only); norms, embedding and router bias are not
+quantized. Uses torch and safetensors alone.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def quantize_per_block(rows: int, cols: int, generator: torch.Generator, block: int = 128) -> tuple:
+    """Return random (rows, cols) float8_e4m3fn codes and their float32 scales, one per block."""
+    weight = torch.randn(rows, cols, generator=generator) * 0.02
+    padded = torch.zeros(-(-rows // block) * block, -(-cols // block) * block)
+    padded[:rows, :cols] = weight
+    blocks = padded.unflatten(0, (-1, block)).unflatten(2, (-1, block))
+    scales = blocks.abs().amax(dim=(1, 3)) / 448
+    codes = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :cols]
+    return codes.contiguous().to(torch.float8_e4m3fn), scales
+
+
+def layer_tensors(layer: int, hidden: int, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield one decoder layer: attention with ragged shapes, a router, and two experts."""
+    prefix = f"model.layers.{layer}."
+    intermediate = hidden * 2 // 7
+    shapes = {
+        "self_attn.q_a_proj": (1536 * hidden // 7168, hidden),
+        "self_attn.kv_a_proj_with_mqa": (576 * hidden // 7168 + 3, hidden),
+        "mlp.shared_experts.up_proj": (intermediate, hidden),
+        "mlp.shared_experts.down_proj": (hidden, intermediate),
+    }
+    for expert in range(2):
+        shapes[f"mlp.experts.{expert}.gate_proj"] = shapes["mlp.shared_experts.up_proj"]
+        shapes[f"mlp.experts.{expert}.up_proj"] = shapes["mlp.shared_experts.up_proj"]
+        shapes[f"mlp.experts.{expert}.down_proj"] = shapes["mlp.shared_experts.down_proj"]
+    for name, shape in shapes.items():
+        codes, scales = quantize_per_block(*shape, generator)
+        yield f"{prefix}{name}.weight", codes
+        yield f"{prefix}{name}.weight_scale_inv", scales
+    yield f"{prefix}input_layernorm.weight", torch.ones(hidden, dtype=torch.bfloat16)
+    yield f"{prefix}mlp.gate.weight", torch.randn(2, hidden, generator=generator).bfloat16()
+    yield f"{prefix}mlp.gate.e_score_correction_bias", torch.randn(2, generator=generator)
+
+
+def make_checkpoint(out: Path, size: int, shards: int) -> None:
+    """Write a checkpoint of about `size` bytes in `shards` files with index and config."""
+    out.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    hidden = 7168 if size >= 10**9 else 1024
+    weight_map, total = {}, 0
+    embedding = torch.randn(64, hidden, generator=generator).bfloat16()
+    for shard in range(shards):
+        name = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        tensors, held = ({"model.embed_tokens.weight": embedding} if not shard else {}), 0
+        for layer in range(shard, 10**9, shards):
+            if held >= size / shards:
+                break
+            made = dict(layer_tensors(layer, hidden, generator))
+            held += sum(t.numel() * t.element_size() for t in made.values())
+            tensors |= made
+        save_file(tensors, out / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "hidden_size": hidden,
+        "quantization_config": {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
+        "torch_dtype": "bfloat16",
+    }
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    print(f"{out}: {shards} shards, {len(weight_map)} tensors, {total} bytes")
+
+
+def byte_count(text: str) -> int:
+    return int(float(text.rstrip("KMG")) * SUFFIXES.get(text[-1], 1))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Make an FP8 checkpoint with DeepSeek-V3's names and shapes.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
+    parser.add_argument("--size", type=byte_count, default=8 * 10**6, help="bytes, as 8M or 2.8G (default 8M)")
+    parser.add_argument("--shards", type=int, default=2, help="number of files (default 2)")
+    options = parser.parse_args()
+    make_checkpoint(options.out, options.size, options.shards)
