@@ -32,7 +32,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -49,15 +49,19 @@ DTYPE_KEYS = ("torch_dtype", "dtype")
 # Files beside the shards: what only a quantized checkpoint needs, weights in other formats or of
 # another set, and what tools keep for themselves is not copied; everything else is.
 QUANTIZATION_FILES = ("hf_quant_config.json",)
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pth", "*.gguf", "*.h5", "*.msgpack")
+WEIGHT_FILES = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*"),
+    *("*.pth", "*.gguf", "*.h5", "*.msgpack"),
+)
 TOOL_FOLDERS = (".git", ".cache")
 
 # The order in which safetensors' own writer lays out tensors: larger elements first, so that every
 # tensor is aligned to its element size. Within a dtype they stand by name.
 DTYPE_ORDER = (
-    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 I8 U8 "
-    "F6_E3M2 F6_E2M3 F4 BOOL"
-).split()
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8"),
+    *("F6_E3M2", "F6_E2M3", "F4", "BOOL"),
+)
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 # Number format of the codes of each dtype that can hold a weight. U8 and I8 do only beside a scale.
 CODE_FORMATS = {"F8_E4M3": "E4M3", "F8_E5M2": "E5M2", "U8": "E4M3", "I8": "INT8"}
@@ -126,7 +130,7 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
         with safe_open(path, framework="pt"):
             pass
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it again") from error
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
     except RuntimeError as error:
         # With the header accepted, torch maps the data, which a machine with less memory than the
         # file may refuse. Nothing here needs that map.
@@ -138,8 +142,8 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
     metadata = header.pop("__metadata__", None) or {}
     tensors = []
     for name, entry in header.items():
-        start, stop = entry["data_offsets"]
-        tensors.append(Tensor(name, entry["dtype"], tuple(entry["shape"]), path, 8 + size + start, 8 + size + stop))
+        start, stop = (8 + size + offset for offset in entry["data_offsets"])
+        tensors.append(Tensor(name, entry["dtype"], tuple(entry["shape"]), path, start, stop))
     return metadata, tensors
 
 
@@ -150,16 +154,16 @@ def find_shards(root: Path, index: dict | None) -> list[str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{root / INDEX_NAME}: has no weight_map; download it again")
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or shard in ("", ".", "..") or "/" in shard or "\\" in shard:
+            if not isinstance(shard, str) or shard in ("", ".", "..") or set("/\\\0") & set(shard):
                 raise CheckpointError(
-                    f"{root / INDEX_NAME}: {name} is said to stand in {shard!r}; expected a file beside the index"
+                    f"{root / INDEX_NAME}: puts {name} into {shard!r}; expected a file beside the index"
                 )
         return sorted(set(weight_map.values()))
     if (root / SINGLE_NAME).exists():
         return [SINGLE_NAME]
     shards = sorted(path.name for path in root.glob("*.safetensors"))
     if not shards:
-        raise CheckpointError(f"{root}: holds no *.safetensors file; give the folder of the checkpoint")
+        raise CheckpointError(f"{root}: holds no *.safetensors; give the checkpoint's folder")
     return shards
 
 
@@ -170,24 +174,27 @@ def load_checkpoint(root: Path) -> Checkpoint:
     tensor of the same name, which one does. Raises CheckpointError.
     """
     if not root.is_dir():
-        raise CheckpointError(f"{root}: no such folder; give the folder of the checkpoint")
+        raise CheckpointError(f"{root}: no such folder; give the checkpoint's folder")
     index = read_json(root / INDEX_NAME)
-    weight_map = index["weight_map"] if index and "weight_map" in index else {}
     shards, tensors = {}, {}
-    for shard in find_shards(root, index):
+    names = find_shards(root, index)
+    weight_map = index["weight_map"] if index else {}
+    for shard in names:
         shards[shard], found = read_header(root / shard)
         for tensor in found:
-            other = tensors.get(tensor.name)
-            if other and weight_map.get(tensor.name) not in (shard, other.path.name):
+            other = tensors.setdefault(tensor.name, tensor)
+            if other is tensor:
+                continue
+            if weight_map.get(tensor.name) not in (shard, other.path.name):
                 raise CheckpointError(
-                    f"{tensor.path}: {tensor.name} stands in {other.path.name} too and no {INDEX_NAME} decides; "
-                    "remove the file that does not belong to the checkpoint"
+                    f"{tensor.path}: {tensor.name} stands in {other.path.name} too and no index "
+                    "says which counts; remove the file that is not part of the checkpoint"
                 )
-            if not other or weight_map[tensor.name] == shard:
+            if weight_map[tensor.name] == shard:
                 tensors[tensor.name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"{root / shard}: {name} is missing, though {INDEX_NAME} names it; download it again")
+            raise CheckpointError(f"{root / shard}: {name} is missing, though {INDEX_NAME} names it")
     return Checkpoint(root, shards, tensors, index, read_json(root / CONFIG_NAME))
 
 
@@ -221,7 +228,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Shard:
-    """An output shard: its name, the bytes before the first tensor, and its tensors in file order."""
+    """An output shard: its name, the bytes before the first tensor, its tensors in file order."""
 
     name: str
     header: bytes
@@ -234,7 +241,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a conversion will do. Tensors in `dropped` are scales; those in `missing` have none."""
+    """All that a conversion will do. `dropped` are scales, `missing` FP8 weights that have none."""
 
     checkpoint: Checkpoint
     shards: list[Shard]
@@ -272,8 +279,8 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
                 dropped[name] = tensors[name]
     if missing and missing_scale == "error":
         raise CheckpointError(
-            f"{missing[0].path}: {missing[0].name} has no scale ({len(missing)} such weights in all); "
-            "--missing-scale keep leaves them FP8, cast takes them as they are"
+            f"{missing[0].path}: {missing[0].name} has no scale, one of {len(missing)} such weights; "
+            "--missing-scale keep leaves them FP8, cast takes their scale as 1"
         )
     shards = []
     for name, metadata in checkpoint.shards.items():
@@ -282,7 +289,7 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
         if kept:
             shards.append(plan_shard(name, metadata, kept, quantizations))
     if not shards:
-        raise CheckpointError(f"{checkpoint.root}: holds no tensors; give the folder of the checkpoint")
+        raise CheckpointError(f"{checkpoint.root}: holds no tensors; give the checkpoint's folder")
     return Plan(checkpoint, shards, list(dropped.values()), missing)
 
 
@@ -292,7 +299,7 @@ def config_block_sizes(config: dict) -> list[tuple[int, int]]:
     for key, value in config.items():
         if key in QUANTIZATION_KEYS and isinstance(value, dict):
             size = value.get("weight_block_size")
-            if isinstance(size, list) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
+            if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
                 found.append(tuple(size))
         elif isinstance(value, dict):
             found += config_block_sizes(value)
@@ -300,7 +307,7 @@ def config_block_sizes(config: dict) -> list[tuple[int, int]]:
 
 
 def side_scale_names(name: str) -> list[str]:
-    """Return what the scales beside a weight may be called: `P.weight` has P.x, a bare `P` has P_x."""
+    """Return what the scales beside a weight may be called: P.x for `P.weight`, P_x for a bare `P`."""
     owner = name.removesuffix("weight") if name.endswith(".weight") else name + "_"
     return [owner + side for side in SIDE_SCALES]
 
@@ -308,12 +315,13 @@ def side_scale_names(name: str) -> list[str]:
 def quantize(weight: Tensor, scale: Tensor | None, block_sizes: list[tuple[int, int]]) -> Quantization:
     """Pair a weight with its scale. Raises CheckpointError where dtype or shape fit no rule."""
     if scale is not None and scale.dtype not in SCALE_DTYPES:
-        raise CheckpointError(f"{scale.path}: {scale.name} is {scale.dtype}; expected {', '.join(SCALE_DTYPES)}")
+        expected = ", ".join(SCALE_DTYPES)
+        raise CheckpointError(f"{scale.path}: {scale.name} is {scale.dtype}; expected {expected}")
     grid = find_grid(weight.shape, scale.shape if scale else (), block_sizes)
     if grid is None:
         raise CheckpointError(
             f"{weight.path}: {weight.name} is {list(weight.shape)}, its scale {scale.name} is "
-            f"{list(scale.shape)}: no block size fits; expected one scale per tensor, per row or per block"
+            f"{list(scale.shape)}: no block size fits; expected one scale per tensor, row or block"
         )
     return Quantization(CODE_FORMATS[weight.dtype], scale, grid)
 
@@ -335,17 +343,14 @@ def find_grid(
     scale = scale_shape
     while len(scale) > (3 if E > 1 else 2) and scale[0] == 1:
         scale = scale[1:]
+    whole = {(E,): (N, K), (E, 1): (N, K), (E, 1, 1): (N, K), (E, N, 1): (1, K), (E, 1, K): (N, 1)}
     if E == 1:
-        blocks = {(N,): (1, K), (N, 1): (1, K), (1, K): (N, 1)}.get(scale)
-    else:
-        blocks = {(E,): (N, K), (E, 1): (N, K), (E, 1, 1): (N, K), (E, N, 1): (1, K), (E, 1, K): (N, 1)}.get(scale)
-        scale = scale[1:] if len(scale) == 3 and scale[0] == E else ()
-    if blocks is None and len(scale) == 2:
-        sizes = [[b for b in BLOCK_SIZES if -(-axis // b) == n] for axis, n in zip((N, K), scale, strict=True)]
-        for size in [*block_sizes, *itertools.product(*sizes)]:
-            if (-(-N // size[0]), -(-K // size[1])) == scale:
-                blocks = size
-                break
+        whole = {(N,): (1, K), (N, 1): (1, K), (1, K): (N, 1)}
+    elif scale[0] == E and len(scale) == 3 and scale not in whole:
+        scale = scale[1:]
+    sizes = [*block_sizes, *itertools.product(BLOCK_SIZES, BLOCK_SIZES)]
+    fitting = (size for size in sizes if (-(-N // size[0]), -(-K // size[1])) == scale)
+    blocks = whole.get(scale) or next(fitting, None)
     return Grid(E * N, K, *blocks, part=N) if blocks else None
 
 
@@ -364,7 +369,8 @@ def plan_shard(
     header = {"__metadata__": dict(sorted({**metadata, "format": "pt"}.items()))}
     offset = 0
     for _, tensor_name, dtype, size, tensor, _ in entries:
-        header[tensor_name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [offset, offset + size]}
+        offsets = [offset, offset + size]
+        header[tensor_name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": offsets}
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -380,7 +386,7 @@ def plan_shard(
 
 
 def page_aligned(size: int, pinned: bool) -> torch.Tensor:
-    """Return a uint8 tensor that starts on a page; pinned memory is what a GPU copies from at speed."""
+    """Return a uint8 tensor that starts on a page, in pinned memory if a GPU is to copy from it."""
     buffer = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
     start = -buffer.data_ptr() % PAGE
     return buffer[start : start + size]
@@ -536,7 +542,7 @@ class Output:
             return None if self.stopped else next(self.windows, None)
 
     def write(self, shard: Shard, start: int, stop: int, buffer: torch.Tensor) -> None:
-        """Write a window, which begins `buffer`; the rest of its last page is cut off at the end."""
+        """Write a window, the start of `buffer`. What fills its last page is cut off at the end."""
         view = as_bytes(buffer)[: -(-(stop - start) // PAGE) * PAGE]
         with open_output(self.temporary(shard), self.direct) as file:
             file.seek(start)
@@ -558,7 +564,9 @@ class Output:
             (self.root / (name + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
 
 
-def write_shards(plan: Plan, root: Path, device: torch.device, workers: int, window: int = WINDOW) -> list[Worker]:
+def write_shards(
+    plan: Plan, root: Path, device: torch.device, workers: int, window: int
+) -> list[Worker]:
     """Write every shard of a plan into the folder `root`; return the workers for their counts."""
     output = Output(plan, root, window)
     bar = tqdm(total=plan.size, unit="B", unit_scale=True, disable=None)
@@ -593,7 +601,7 @@ def write_shards(plan: Plan, root: Path, device: torch.device, workers: int, win
     return pool
 
 
-# --- publish: the files beside the shards; config and index last, for they say that all is there ---
+# --- publish: the files beside the shards; config and index last, which say that all is there ---
 
 
 def side_files(root: Path) -> tuple[list[str], list[str]]:
@@ -634,7 +642,7 @@ def bf16_config(value):
 
 
 def bf16_index(plan: Plan) -> dict:
-    """Return the index of the output: the input's, with the weight_map and size of what was written."""
+    """Return the input's index with the weight_map and the size of what was written."""
     index = dict(plan.checkpoint.index)
     weight_map = {step.source.name: shard.name for shard in plan.shards for step in shard.steps}
     size = sum(step.stop - step.start for shard in plan.shards for step in shard.steps)
@@ -680,7 +688,7 @@ class UsageError(ValueError):
 
 def printable(text: str) -> str:
     """Return text without control characters: a tensor's name must not steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str) -> None:
@@ -741,12 +749,14 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     for name in (INDEX_NAME, CONFIG_NAME):
         (out / name).unlink(missing_ok=True)
-    pool = write_shards(plan, out, chosen, workers)
+    pool = write_shards(plan, out, chosen, workers, WINDOW)
     left_out = publish(plan, out)
     report(plan, pool, left_out, missing_scale, time.perf_counter() - began)
 
 
-def report(plan: Plan, pool: list[Worker], left_out: list[str], missing_scale: str, seconds: float) -> None:
+def report(
+    plan: Plan, pool: list[Worker], left_out: list[str], missing_scale: str, seconds: float
+) -> None:
     """Print what was done; the last line sums it up."""
     steps = [step for shard in plan.shards for step in shard.steps]
     dequantized = sum(step.quantization is not None for step in steps)
@@ -763,8 +773,9 @@ def report(plan: Plan, pool: list[Worker], left_out: list[str], missing_scale: s
     read = sum(tensor.stop - tensor.start for tensor in plan.checkpoint.tensors.values())
     say(
         f"Converted {len(plan.shards)} shards, {len(steps)} tensors: {dequantized} dequantized, "
-        f"{len(steps) - dequantized} copied, {len(plan.dropped)} scales dropped; {tqdm.format_sizeof(read, 'B')} in, "
-        f"{tqdm.format_sizeof(plan.size, 'B')} out, {seconds:.1f} s, {plan.size / seconds / 1e9:.2f} GB/s, "
+        f"{len(steps) - dequantized} copied, {len(plan.dropped)} scales dropped; "
+        f"{tqdm.format_sizeof(read, 'B')} in, {tqdm.format_sizeof(plan.size, 'B')} out, "
+        f"{seconds:.1f} s, {plan.size / seconds / 1e9:.2f} GB/s, "
         f"most of it {max(spent, key=spent.get)}"
     )
 
@@ -783,17 +794,14 @@ def device_name(text: str) -> str:
 
 def cli(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 converted, 1 impossible, 130 interrupted."""
-    parser = argparse.ArgumentParser(description="Convert an FP8 Hugging Face checkpoint into a BF16 one.")
-    parser.add_argument("--input-fp8-hf-path", type=Path, required=True, metavar="IN", help="folder of the checkpoint")
-    parser.add_argument("--output-bf16-hf-path", type=Path, required=True, metavar="OUT", help="folder to write to")
-    parser.add_argument("--device", type=device_name, default="auto", help="auto (default), cpu, cuda or cuda:N")
-    parser.add_argument("--workers", type=positive, help="threads (default: 2 per core, 4 to 16)")
-    parser.add_argument(
-        "--missing-scale",
-        choices=("keep", "cast", "error"),
-        default="keep",
-        help="FP8 weights without a scale: keep them FP8 (default), cast them with scale 1, or refuse",
-    )
+    parser = argparse.ArgumentParser(description="Convert an FP8 checkpoint into a BF16 one.")
+    add = parser.add_argument
+    add("--input-fp8-hf-path", type=Path, required=True, metavar="IN", help="the checkpoint's folder")
+    add("--output-bf16-hf-path", type=Path, required=True, metavar="OUT", help="folder to write to")
+    add("--device", type=device_name, default="auto", help="auto (default), cpu, cuda or cuda:N")
+    add("--workers", type=positive, metavar="N", help="threads (default: 2 per core, 4 to 16)")
+    add("--missing-scale", choices=("keep", "cast", "error"), default="keep",
+        help="FP8 weights without a scale: keep them FP8 (default), cast with scale 1, or refuse")
     options = parser.parse_args(arguments)
     try:
         main(

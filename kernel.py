@@ -54,9 +54,9 @@ class NumberFormat:
 
 
 FORMATS = {
-    "E4M3": NumberFormat(exponent_bits=4, mantissa_bits=3, special=0x7F),  # 0x7F is NaN, no infinity
-    "E5M2": NumberFormat(exponent_bits=5, mantissa_bits=2, special=0x7C),  # 0x7C is infinity
-    "INT8": NumberFormat(exponent_bits=0, mantissa_bits=7, special=0x100),
+    "E4M3": NumberFormat(4, 3, special=0x7F),  # the FN variant: 0x7F is NaN, there is no infinity
+    "E5M2": NumberFormat(5, 2, special=0x7C),  # 0x7C is infinity
+    "INT8": NumberFormat(0, 7, special=0x100),
 }
 FORMAT_OF_DTYPE = {
     torch.float8_e4m3fn: "E4M3",
@@ -119,31 +119,37 @@ def weight_dequant(
 
     Returns (M, N) bfloat16. Raises ValueError where shapes, dtypes or devices do not fit.
     """
-    block_rows, block_cols = (block_size, block_size) if isinstance(block_size, int) else block_size
+    block = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
     if x.dtype not in FORMAT_OF_DTYPE:
-        raise ValueError(f"weight_dequant: codes are {x.dtype}; expected one of {[*FORMAT_OF_DTYPE]}")
+        raise ValueError(f"codes are {x.dtype}; expected one of {[*FORMAT_OF_DTYPE]}")
     if x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"weight_dequant: codes of shape {tuple(x.shape)} are not a contiguous matrix")
+        raise ValueError(f"codes of shape {tuple(x.shape)} are not a contiguous matrix")
     if x.device != s.device:
-        raise ValueError(f"weight_dequant: codes are on {x.device}, scales on {s.device}")
-    grid = Grid(*x.shape, block_rows, block_cols, part=max(1, x.shape[0]))
+        raise ValueError(f"codes are on {x.device}, scales on {s.device}")
+    grid = Grid(*x.shape, *block, part=max(1, x.shape[0]))
     if tuple(s.shape) != grid.scale_shape:
         raise ValueError(
-            f"weight_dequant: scales are {tuple(s.shape)}; blocks of {block_rows}x{block_cols} over "
-            f"codes {tuple(x.shape)} need {grid.scale_shape}"
+            f"scales are {tuple(s.shape)}; blocks of {block} over codes {tuple(x.shape)} need "
+            f"{grid.scale_shape}"
         )
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    dequantize(x.view(torch.uint8).flatten(), s.float(), out.flatten(), FORMAT_OF_DTYPE[x.dtype], grid)
+    codes, scales = x.view(torch.uint8).flatten(), s.float().contiguous()
+    dequantize(codes, scales, out.flatten(), FORMAT_OF_DTYPE[x.dtype], grid)
     return out
 
 
 @torch.inference_mode()
 def dequantize(
-    codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, number_format: str, grid: Grid, start: int = 0
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    out: torch.Tensor,
+    number_format: str,
+    grid: Grid,
+    start: int = 0,
 ) -> torch.Tensor:
     """Dequantize a range of a weight's elements, which may begin and end inside a row.
 
-    codes: (n,) uint8, the elements [start, start + n) of the row-major weight that `grid` describes.
+    codes: (n,) uint8, elements [start, start + n) of the row-major weight that `grid` describes.
     scales: float32, contiguous, the part of the scale matrix that grid.scale_region names.
     out: (n,) bfloat16, filled. All three on one device, where the work is done.
     number_format: a key of FORMATS.
@@ -208,7 +214,8 @@ def _largest_magnitude(codes: torch.Tensor) -> int:
     return max(codes.view(torch.int8).max().item(), codes.max().item() - 0x80)
 
 
-def _decode(codes: torch.Tensor, bits: torch.Tensor, values: torch.Tensor, fmt: NumberFormat) -> None:
+def _decode(codes, bits, values, fmt) -> None:
+    """Fill float32 `values` with what the codes stand for over fmt.rescale, by way of int16 `bits`."""
     if not fmt.exponent_bits:
         values.copy_(codes.view(torch.int8))
         return
@@ -218,7 +225,7 @@ def _decode(codes: torch.Tensor, bits: torch.Tensor, values: torch.Tensor, fmt: 
     values.copy_(bits.view(torch.float16))
 
 
-def _scales_of_rows(scales: torch.Tensor, grid: Grid, row: int, M: int, first_row: int) -> torch.Tensor:
+def _scales_of_rows(scales, grid, row, M, first_row) -> torch.Tensor:
     """Return (M, n) or (1, n) scales for the rows [row, row + M)."""
     first, last = grid.scale_row(row) - first_row, grid.scale_row(row + M - 1) - first_row
     if last - first in (0, M - 1):  # one row of scales for all, or for each its own
@@ -246,7 +253,7 @@ def _scale(values: torch.Tensor, scales: torch.Tensor, col: int, block_cols: int
 
 @functools.cache
 def weight_dequant_kernel():
-    """Return the Triton kernel. Triton is imported here, so the CPU path works where there is none."""
+    """Return the Triton kernel. Triton is imported here, so that the CPU path can do without."""
     global tl  # where the kernel's body, compiled from its source, looks for the name
     import triton
     import triton.language as tl
@@ -258,13 +265,13 @@ def weight_dequant_kernel():
         EXPONENT_BITS: tl.constexpr, SHIFT: tl.constexpr, MASK: tl.constexpr,
         RESCALE: tl.constexpr, SPECIAL: tl.constexpr,
         BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_G: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
-    ):  # fmt: skip
-        """out[i, j] = bfloat16(decode(codes[i, j]) * scales[scale row of row + i, (col + j) // block_cols])
+    ):
+        """out[i, j] = bfloat16(decode(codes[i, j]) * scales[scale_row(i), (col + j) // block_cols])
 
         codes: (M, N) uint8, out: (M, N) bfloat16 as int16, both row-major: the rectangle at
-        (row, col) of its part of the weight. scales: float32, the matrix from that rectangle's first
-        scale on. Grid: one program per tile of BLOCK_SIZE_M rows and BLOCK_SIZE_G groups of
-        BLOCK_SIZE_K columns. A group lies in one block, so that a thread loads one scale for many codes.
+        (row, col) of its part of the weight. scales: float32, the matrix from that rectangle's
+        first scale on. Grid: one program per tile of BLOCK_SIZE_M rows and BLOCK_SIZE_G groups of
+        BLOCK_SIZE_K columns. A group lies in one block: a thread loads one scale for many codes.
         """
         tiles_n = tl.cdiv(col % BLOCK_SIZE_K + N, BLOCK_SIZE_G * BLOCK_SIZE_K)
         pid_m = tl.program_id(0) // tiles_n
@@ -309,22 +316,23 @@ def weight_dequant_kernel():
 def _dequantize_triton(codes, scales, out, fmt, grid, start, stop) -> torch.Tensor:
     bits = out.view(torch.int16)
     first_row, _, first_col, _ = grid.scale_region(start, stop)
-    # A group of columns inside one block: the largest power of two that divides the block. One
+    # A group of columns lies inside one block: the largest power of two that divides the block. One
     # block that spans all columns has no inner edge.
-    block_size_k = 128 if grid.block_cols >= grid.cols else min(128, grid.block_cols & -grid.block_cols)
+    block_cols = grid.block_cols
+    block_size_k = min(128, block_cols & -block_cols) if block_cols < grid.cols else 128
     at = 0
     for row, col, M, N in _pieces(start, stop, grid.cols, stop - start):
         block_size_g = min(1024 // block_size_k, 1 << (-(-N // block_size_k) - 1).bit_length())
         block_size_m = 4096 // (block_size_k * block_size_g)
         tiles_n = -(-(col % block_size_k + N) // (block_size_g * block_size_k))
-        s = scales[grid.scale_row(row) - first_row :, col // grid.block_cols - first_col :]
+        s = scales[grid.scale_row(row) - first_row :, col // block_cols - first_col :]
         with torch.cuda.device_of(codes):
             weight_dequant_kernel()[(-(-M // block_size_m) * tiles_n,)](
                 codes[at:], s, bits[at:],
                 M, N, row % grid.part, col,
-                grid.part, grid.scale_rows_per_part, grid.block_rows, grid.block_cols, scales.stride(0),
+                grid.part, grid.scale_rows_per_part, grid.block_rows, block_cols, scales.stride(0),
                 fmt.exponent_bits, fmt.shift, fmt.mask, fmt.rescale, fmt.special,
                 block_size_m, block_size_g, block_size_k,
-            )  # fmt: skip
+            )
         at += M * N
     return out.isnan().sum()

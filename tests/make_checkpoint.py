@@ -29,7 +29,9 @@ def quantize_per_block(rows: int, cols: int, generator: torch.Generator, block: 
     return codes.contiguous().to(torch.float8_e4m3fn), scales
 
 
-def layer_tensors(layer: int, hidden: int, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+def layer_tensors(
+    layer: int, hidden: int, generator: torch.Generator
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield one decoder layer: attention with ragged shapes, a router, and two experts."""
     prefix = f"model.layers.{layer}."
     intermediate = hidden * 2 // 7
@@ -94,9 +96,13 @@ def byte_count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Make an FP8 checkpoint with DeepSeek-V3's names and shapes.")
+    parser = argparse.ArgumentParser(
+        description="Make an FP8 checkpoint with DeepSeek-V3's names and shapes."
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
-    parser.add_argument("--size", type=byte_count, default=8 * 10**6, help="bytes, as 8M or 2.8G (default 8M)")
+    parser.add_argument(
+        "--size", type=byte_count, default=8 * 10**6, help="bytes, as 8M or 2.8G (default 8M)"
+    )
     parser.add_argument("--shards", type=int, default=2, help="number of files (default 2)")
     options = parser.parse_args()
     make_checkpoint(options.out, options.size, options.shards)

@@ -1,0 +1,93 @@
+"""Small checkpoints for the tests, and what must come out of them.
+
+The oracle is torch's own float8 cast to float32, times the scale, cast to BF16. It shares no code
+with the converter.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+INDEX = "model.safetensors.index.json"
+FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def every_code(rows: int, cols: int, dtype: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:
+    """Return a (rows, cols) tensor that runs through all 256 codes again and again."""
+    return (torch.arange(rows * cols) * 37 % 256).to(torch.uint8).view(dtype).view(rows, cols)
+
+
+def finite_codes(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return random float8_e4m3fn codes without NaN."""
+    codes = torch.randint(
+        0, 127, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+    return (codes + 128 * (codes % 3 == 0)).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def dequantized(
+    codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = (128, 128)
+) -> torch.Tensor:
+    """Return the BF16 values of 2-D or stacked codes whose scale (as many axes) covers blocks."""
+    wide = scale.float()
+    for axis, size in zip((-2, -1), block, strict=True):
+        wide = wide.repeat_interleave(size, axis)
+    product = codes.float() * wide[..., : codes.shape[-2], : codes.shape[-1]]
+    return canonical(product.bfloat16())
+
+
+def canonical(values: torch.Tensor) -> torch.Tensor:
+    """Return BF16 values in which every NaN is 0x7FC0."""
+    return torch.where(
+        values.isnan(), torch.tensor(0x7FC0, dtype=torch.int16), values.view(torch.int16)
+    ).view(torch.bfloat16)
+
+
+def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare dtype, shape and every bit; name the first element that differs."""
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    differs = (
+        got.contiguous().flatten().view(torch.uint8)
+        != expected.contiguous().flatten().view(torch.uint8)
+    ).nonzero()
+    if len(differs):
+        at = differs[0].item() // got.element_size()
+        raise AssertionError(
+            f"element {at}: {got.flatten()[at].item()} != {expected.flatten()[at].item()}"
+        )
+
+
+def write_checkpoint(
+    folder: Path, shards: dict[str, dict], config: dict | None = None, index: bool = True
+) -> Path:
+    """Write shards with the reference writer, and an index and config beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    if index:
+        weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+        )
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def load_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint's shards."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file below a folder with its bytes."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
