@@ -25,6 +25,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -32,6 +33,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +83,16 @@ PHASES = ("reading", "decoding", "writing")
 
 class CheckpointError(Exception):
     """Something about the checkpoint that its user can mend: names the file and the tensor."""
+
+
+@contextmanager
+def naming(path: Path):
+    """Put the file's name into an OSError: reads and writes raise them without."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 # --- checkpoint: where every tensor's bytes are ---
@@ -156,7 +168,7 @@ def find_shards(root: Path, index: dict | None) -> list[str]:
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or shard in ("", ".", "..") or set("/\\\0") & set(shard):
                 raise CheckpointError(
-                    f"{root / INDEX_NAME}: puts {name} into {shard!r}; expected a file beside the index"
+                    f"{root / INDEX_NAME}: puts {name} into {shard!r}; expected a file beside it"
                 )
         return sorted(set(weight_map.values()))
     if (root / SINGLE_NAME).exists():
@@ -194,7 +206,7 @@ def load_checkpoint(root: Path) -> Checkpoint:
                 tensors[tensor.name] = tensor
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise CheckpointError(f"{root / shard}: {name} is missing, though {INDEX_NAME} names it")
+            raise CheckpointError(f"{root / shard}: {name} is not there; {INDEX_NAME} names it")
     return Checkpoint(root, shards, tensors, index, read_json(root / CONFIG_NAME))
 
 
@@ -264,7 +276,7 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     quantizations, dropped, missing = {}, {}, []
     for tensor in tensors.values():
         if tensor.name.endswith(SCALE_SUFFIX):
-            dropped[tensor.name] = tensor  # also one whose weight is gone: BF16 loaders refuse them all
+            dropped[tensor.name] = tensor  # one without a weight too: no loader knows it
             continue
         scale = tensors.get(tensor.name + SCALE_SUFFIX)
         if tensor.dtype not in CODE_FORMATS or not (scale or tensor.dtype in FP8_DTYPES):
@@ -279,7 +291,7 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
                 dropped[name] = tensors[name]
     if missing and missing_scale == "error":
         raise CheckpointError(
-            f"{missing[0].path}: {missing[0].name} has no scale, one of {len(missing)} such weights; "
+            f"{missing[0].path}: {missing[0].name} has no scale, one of {len(missing)} weights; "
             "--missing-scale keep leaves them FP8, cast takes their scale as 1"
         )
     shards = []
@@ -298,21 +310,23 @@ def config_block_sizes(config: dict) -> list[tuple[int, int]]:
     found = []
     for key, value in config.items():
         if key in QUANTIZATION_KEYS and isinstance(value, dict):
-            size = value.get("weight_block_size")
-            if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
-                found.append(tuple(size))
+            match value.get("weight_block_size"):
+                case [int(rows), int(cols)] if rows > 0 and cols > 0:
+                    found.append((rows, cols))
         elif isinstance(value, dict):
             found += config_block_sizes(value)
     return [*found, DEFAULT_BLOCK_SIZE]
 
 
 def side_scale_names(name: str) -> list[str]:
-    """Return what the scales beside a weight may be called: P.x for `P.weight`, P_x for a bare `P`."""
+    """Return what the scales beside a weight may be called: P.x for P.weight, P_x for a bare P."""
     owner = name.removesuffix("weight") if name.endswith(".weight") else name + "_"
     return [owner + side for side in SIDE_SCALES]
 
 
-def quantize(weight: Tensor, scale: Tensor | None, block_sizes: list[tuple[int, int]]) -> Quantization:
+def quantize(
+    weight: Tensor, scale: Tensor | None, block_sizes: list[tuple[int, int]]
+) -> Quantization:
     """Pair a weight with its scale. Raises CheckpointError where dtype or shape fit no rule."""
     if scale is not None and scale.dtype not in SCALE_DTYPES:
         expected = ", ".join(SCALE_DTYPES)
@@ -355,7 +369,10 @@ def find_grid(
 
 
 def plan_shard(
-    name: str, metadata: dict[str, str], tensors: list[Tensor], quantizations: dict[str, Quantization]
+    name: str,
+    metadata: dict[str, str],
+    tensors: list[Tensor],
+    quantizations: dict[str, Quantization],
 ) -> Shard:
     """Lay out an output shard as safetensors.torch.save_file would, byte for byte."""
     entries = []
@@ -413,18 +430,19 @@ class Worker:
 
     def read(self, path: Path, start: int, into: torch.Tensor) -> None:
         """Fill a CPU tensor with the bytes of a file from `start` on."""
-        began = time.perf_counter()
-        if path not in self.files:
-            if len(self.files) == OPEN_FILES:
-                self.close()
-            self.files[path] = open(path, "rb", buffering=0)
-        file, view = self.files[path], as_bytes(into)
-        file.seek(start)
-        while view:
-            count = file.readinto(view)
-            if not count:
-                raise CheckpointError(f"{path}: ended at byte {file.tell()} while it was read; run again")
-            view = view[count:]
+        began, view = time.perf_counter(), as_bytes(into)
+        with naming(path):
+            if path not in self.files:
+                if len(self.files) == OPEN_FILES:
+                    self.close()
+                self.files[path] = open(path, "rb", buffering=0)
+            file = self.files[path]
+            file.seek(start)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise CheckpointError(f"{path}: ends at byte {file.tell()}; it was cut")
+                view = view[count:]
         self.seconds["reading"] += time.perf_counter() - began
 
     def close(self) -> None:
@@ -510,7 +528,7 @@ def direct_flag(root: Path) -> int:
 
 
 def open_output(path: Path, flags: int = 0):
-    return open(path, "r+b", buffering=0, opener=lambda name, mode: os.open(name, mode | flags, 0o666))
+    return open(path, "r+b", 0, opener=lambda name, mode: os.open(name, mode | flags, 0o666))
 
 
 class Output:
@@ -544,7 +562,8 @@ class Output:
     def write(self, shard: Shard, start: int, stop: int, buffer: torch.Tensor) -> None:
         """Write a window, the start of `buffer`. What fills its last page is cut off at the end."""
         view = as_bytes(buffer)[: -(-(stop - start) // PAGE) * PAGE]
-        with open_output(self.temporary(shard), self.direct) as file:
+        path = self.temporary(shard)
+        with naming(path), open_output(path, self.direct) as file:
             file.seek(start)
             while view:
                 view = view[file.write(view) :]
@@ -552,10 +571,10 @@ class Output:
             self.unwritten[shard.name] -= 1
             whole = not self.unwritten[shard.name]
         if whole:
-            with open_output(self.temporary(shard)) as file:
+            with naming(path), open_output(path) as file:
                 file.truncate(shard.size)
                 os.fsync(file.fileno())
-            os.replace(self.temporary(shard), self.root / shard.name)
+            os.replace(path, self.root / shard.name)
             del self.unwritten[shard.name]
 
     def discard(self) -> None:
@@ -787,16 +806,21 @@ def positive(text: str) -> int:
 
 
 def device_name(text: str) -> str:
-    if text not in ("auto", "cpu", "cuda") and not (text.startswith("cuda:") and text[5:].isdecimal()):
+    if text not in ("auto", "cpu", "cuda") and not re.fullmatch("cuda:[0-9]+", text):
         raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda, cuda:N")
     return text
+
+
+def fail(text: str) -> int:
+    print(f"error: {printable(text)}", file=sys.stderr)
+    return 1
 
 
 def cli(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 converted, 1 impossible, 130 interrupted."""
     parser = argparse.ArgumentParser(description="Convert an FP8 checkpoint into a BF16 one.")
     add = parser.add_argument
-    add("--input-fp8-hf-path", type=Path, required=True, metavar="IN", help="the checkpoint's folder")
+    add("--input-fp8-hf-path", type=Path, required=True, metavar="IN", help="checkpoint folder")
     add("--output-bf16-hf-path", type=Path, required=True, metavar="OUT", help="folder to write to")
     add("--device", type=device_name, default="auto", help="auto (default), cpu, cuda or cuda:N")
     add("--workers", type=positive, metavar="N", help="threads (default: 2 per core, 4 to 16)")
@@ -813,9 +837,10 @@ def cli(arguments: list[str] | None = None) -> int:
         )
     except UsageError as error:
         parser.error(printable(str(error)))
-    except (CheckpointError, OSError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 1
+    except CheckpointError as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         print("interrupted: the output is not complete", file=sys.stderr)
         return 130

@@ -215,7 +215,7 @@ def _largest_magnitude(codes: torch.Tensor) -> int:
 
 
 def _decode(codes, bits, values, fmt) -> None:
-    """Fill float32 `values` with what the codes stand for over fmt.rescale, by way of int16 `bits`."""
+    """Fill float32 `values` with the codes' values over fmt.rescale; int16 `bits` is scratch."""
     if not fmt.exponent_bits:
         values.copy_(codes.view(torch.int8))
         return

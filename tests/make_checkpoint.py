@@ -18,11 +18,10 @@ from safetensors.torch import save_file
 SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
-def quantize_per_block(rows: int, cols: int, generator: torch.Generator, block: int = 128) -> tuple:
-    """Return random (rows, cols) float8_e4m3fn codes and their float32 scales, one per block."""
-    weight = torch.randn(rows, cols, generator=generator) * 0.02
-    padded = torch.zeros(-(-rows // block) * block, -(-cols // block) * block)
-    padded[:rows, :cols] = weight
+def quantize_per_block(weight: torch.Tensor, block: int = 128) -> tuple:
+    """Return the float8_e4m3fn codes of a float32 matrix and its float32 scales, one a block."""
+    rows, cols = weight.shape
+    padded = torch.nn.functional.pad(weight, (0, -cols % block, 0, -rows % block))
     blocks = padded.unflatten(0, (-1, block)).unflatten(2, (-1, block))
     scales = blocks.abs().amax(dim=(1, 3)) / 448
     codes = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :cols]
@@ -46,7 +45,8 @@ def layer_tensors(
         shapes[f"mlp.experts.{expert}.up_proj"] = shapes["mlp.shared_experts.up_proj"]
         shapes[f"mlp.experts.{expert}.down_proj"] = shapes["mlp.shared_experts.down_proj"]
     for name, shape in shapes.items():
-        codes, scales = quantize_per_block(*shape, generator)
+        weight = torch.randn(shape, generator=generator) * 0.02
+        codes, scales = quantize_per_block(weight)
         yield f"{prefix}{name}.weight", codes
         yield f"{prefix}{name}.weight_scale_inv", scales
     yield f"{prefix}input_layernorm.weight", torch.ones(hidden, dtype=torch.bfloat16)

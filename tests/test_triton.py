@@ -1,4 +1,4 @@
-"""The Triton kernel: compiled for GPUs that are not there, interpreted, and run where there is one."""
+"""The Triton kernel: compiled for absent GPUs, interpreted, and run where there is a GPU."""
 
 import functools
 import inspect

@@ -1,0 +1,121 @@
+"""Checkpoints that cannot be converted: one message that names the file, nothing written."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoints import INDEX, finite_codes, write_checkpoint
+from fp8_cast_bf16 import CheckpointError, load_checkpoint, main
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def source(tmp_path):
+    weight = {"w": finite_codes(4, 4)}
+    return write_checkpoint(tmp_path / "in", {ONE: weight, TWO: {"w_scale_inv": torch.ones(1)}})
+
+
+def assert_refused(source, *complaints):
+    out = source.parent / "out"
+    with pytest.raises(CheckpointError) as caught:
+        main(source, out)
+    for complaint in complaints:
+        assert complaint in str(caught.value)
+    assert not out.exists()
+
+
+def edit_index(source, change):
+    index = json.loads((source / INDEX).read_text())
+    change(index)
+    (source / INDEX).write_text(json.dumps(index))
+
+
+def test_missing_folder(source):
+    assert_refused(source.parent / "nowhere", "nowhere: no such folder")
+
+
+def test_folder_without_shards(source):
+    for path in source.iterdir():
+        path.unlink()
+    assert_refused(source, "holds no *.safetensors")
+
+
+def test_missing_shard_is_named(source):
+    (source / TWO).unlink()
+    assert_refused(source, TWO, "incomplete")
+
+
+def test_truncated_shard_is_named(source):
+    path = source / ONE
+    path.write_bytes(path.read_bytes()[:-1])
+    assert_refused(source, ONE, "not a whole safetensors file")
+
+
+def test_shard_with_bytes_too_many_is_named(source):
+    with open(source / ONE, "ab") as file:
+        file.write(b"x")
+    assert_refused(source, ONE, "not a whole safetensors file")
+
+
+def test_shard_that_is_something_else_is_named(source):
+    (source / ONE).write_text("<html>please log in</html>")
+    assert_refused(source, ONE, "not a whole safetensors file")
+
+
+def test_tensor_that_only_the_index_knows_is_named(source):
+    edit_index(source, lambda index: index["weight_map"].update({"gone.weight": TWO}))
+    assert_refused(source, TWO, "gone.weight is not there")
+
+
+@pytest.mark.parametrize("entry", ["../x.safetensors", "/x.safetensors", "a/b", "", "..", 3, "\\b"])
+def test_index_entry_that_is_no_plain_file_name_is_refused(source, entry):
+    edit_index(source, lambda index: index["weight_map"].update({"w": entry}))
+    assert_refused(source, INDEX, "puts w into", "expected a file beside it")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", "[" * 100000, '{"weight_map": []}', "{}", "\xff"])
+def test_index_that_is_no_index_is_refused(source, text):
+    (source / INDEX).write_text(text, encoding="latin-1")
+    assert_refused(source, INDEX)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_config_that_is_no_object_is_refused(source, text):
+    (source / "config.json").write_text(text, encoding="latin-1")
+    assert_refused(source, "config.json")
+
+
+def test_name_in_two_files_without_an_index_is_refused(source):
+    (source / INDEX).unlink()
+    save_file({"w": torch.ones(1)}, source / TWO)
+    assert_refused(source, TWO, "w stands in", ONE)
+
+
+def test_name_in_two_files_is_decided_by_the_index(source):
+    save_file({"w": torch.zeros(1), "w_scale_inv": torch.ones(1)}, source / TWO)
+    assert load_checkpoint(source).tensors["w"].path.name == ONE
+    edit_index(source, lambda index: index["weight_map"].update({"w": TWO}))
+    assert load_checkpoint(source).tensors["w"].path.name == TWO
+
+
+def test_checkpoint_of_scales_alone_is_refused(source):
+    (source / INDEX).unlink()
+    (source / ONE).unlink()
+    assert_refused(source, "holds no tensors")
+
+
+def test_shard_larger_than_memory_is_read(tmp_path):
+    size = 1 << 40  # a sparse file: torch refuses to map it, its header is good all the same
+    header = json.dumps({"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    header += b" " * (-len(header) % 8)
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size)
+    assert load_checkpoint(tmp_path).tensors["x"].shape == (size,)
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.truncate(8 + len(header) + size - 1)
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_checkpoint(tmp_path)

@@ -1,0 +1,272 @@
+"""The program as a user meets it: what it prints, its exit status, what it leaves behind."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fp8_cast_bf16
+from checkpoints import assert_same_bits, contents, finite_codes, load_checkpoint, write_checkpoint
+from fp8_cast_bf16 import cli
+from make_checkpoint import make_checkpoint
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = [sys.executable, ROOT / "fp8_cast_bf16.py"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    tensors = {"w": finite_codes(300, 300), "w_scale_inv": torch.rand(3, 3), "n": torch.ones(3)}
+    return write_checkpoint(tmp_path / "in", {"model.safetensors": tensors}, {"torch_dtype": "x"})
+
+
+def arguments(source, *more):
+    out = source.parent / "out"
+    return ["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(out), *more]
+
+
+def sparse_weight(folder: Path, rows: int, cols: int) -> Path:
+    """Make a checkpoint of one FP8 weight of zeros that takes no room on the disk."""
+    size = rows * cols
+    scales = [-(-rows // 128), -(-cols // 128)]
+    scale_size = 4 * scales[0] * scales[1]
+    header = {
+        "s.weight_scale_inv": {"dtype": "F32", "shape": scales, "data_offsets": [0, scale_size]},
+        "s.weight": {
+            "dtype": "F8_E4M3",
+            "shape": [rows, cols],
+            "data_offsets": [scale_size, scale_size + size],
+        },
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    folder.mkdir()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + scale_size + size)
+    return folder
+
+
+def test_a_conversion_prints_the_device_first_and_the_sum_last(source):
+    done = subprocess.run([*SCRIPT, *arguments(source)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith("Device: ")
+    assert re.fullmatch(
+        r"Converted 1 shards, 2 tensors: 1 dequantized, 1 copied, 1 scales dropped; 90\.0kB in, "
+        r"180kB out, \d+\.\d s, \d+\.\d\d GB/s, most of it (reading|decoding|writing)",
+        last,
+    )
+
+
+def test_device_cpu_can_be_asked_for(source, capsys):
+    assert cli(arguments(source, "--device", "cpu", "--workers", "2")) == 0
+    assert capsys.readouterr().out.startswith("Device: cpu (as asked), 2 workers\n")
+
+
+def test_device_auto_says_why(source, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli(arguments(source)) == 0
+    assert capsys.readouterr().out.startswith("Device: cpu (torch sees no CUDA device), ")
+
+
+def test_cuda_device_without_triton_falls_back_to_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert fp8_cast_bf16.pick_device("auto") == (
+        torch.device("cpu"),
+        "there is a CUDA device, but triton is not installed",
+    )
+
+
+@pytest.mark.parametrize(
+    "more, complaint",
+    [
+        (["--device", "cuda:99"], "--device cuda:99: torch sees"),
+        (["--device", "tpu"], "tpu is none of auto, cpu, cuda, cuda:N"),
+        (["--device", "cuda:x"], "cuda:x is none of"),
+        (["--workers", "0"], "0 is not a positive whole number"),
+        (["--workers", "-1"], "-1 is not a positive whole number"),
+        (["--missing-scale", "guess"], "invalid choice"),
+        (["--nonsense"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_usage_exits_2_and_writes_nothing(source, capsys, more, complaint):
+    with pytest.raises(SystemExit) as caught:
+        cli(arguments(source, *more))
+    assert caught.value.code == 2
+    assert complaint in capsys.readouterr().err
+    assert not (source.parent / "out").exists()
+
+
+def test_output_inside_input_is_wrong_usage(source, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli(["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(source / "out")])
+    assert caught.value.code == 2
+    assert "neither inside the other" in capsys.readouterr().err
+
+
+def test_a_broken_checkpoint_exits_1_with_one_line_on_stderr(source):
+    (source / "model.safetensors").write_bytes(b"x")
+    done = subprocess.run([*SCRIPT, *arguments(source)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "model.safetensors" in done.stderr
+    assert not (source.parent / "out").exists()
+
+
+def test_an_output_path_that_is_a_file_exits_1(source, capsys):
+    (source.parent / "out").write_text("mine")
+    assert cli(arguments(source)) == 1
+    assert capsys.readouterr().err.startswith("error: ")
+    assert (source.parent / "out").read_text() == "mine"
+
+
+def test_control_characters_in_names_are_not_printed_raw(tmp_path, capsys):
+    name = "w\x1b[31m\nred"
+    write_checkpoint(tmp_path / "in", {"model.safetensors": {name: finite_codes(2, 2)}})
+    assert cli(arguments(tmp_path / "in")) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert r"w\x1b[31m\nred" in printed
+    assert name in load_checkpoint(tmp_path / "out")
+
+
+def test_a_failing_write_exits_1_names_the_file_and_leaves_no_shard(source, capsys, monkeypatch):
+    (source.parent / "out").mkdir()
+    (source.parent / "out/config.json").write_text("{}")
+    monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(OSError(28, "No space")))
+    assert cli(arguments(source)) == 1
+    assert "No space" in capsys.readouterr().err
+    assert contents(source.parent / "out") == {}
+
+
+def test_a_read_error_exits_1_and_names_the_file(source, capsys, monkeypatch):
+    class Failing:
+        def seek(self, position):
+            raise OSError(5, "Input/output error")
+
+        def close(self):
+            pass
+
+    real = fp8_cast_bf16.Worker.read
+
+    def read(worker, path, start, into):
+        worker.files[path] = Failing()
+        real(worker, path, start, into)
+
+    monkeypatch.setattr(fp8_cast_bf16.Worker, "read", read)
+    assert cli(arguments(source)) == 1
+    error = capsys.readouterr().err
+    assert "Input/output error" in error
+    assert str(source / "model.safetensors") in error
+    assert contents(source.parent / "out") == {}
+
+
+def test_an_interrupted_run_exits_130_and_leaves_nothing_that_looks_finished(tmp_path):
+    sparse_weight(tmp_path / "in", 1 << 17, 1 << 13)
+    process = subprocess.Popen([*SCRIPT, *arguments(tmp_path / "in")], stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("out/*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=30)[1].decode()
+    assert process.returncode == 130
+    assert error == "interrupted: the output is not complete\n"
+    assert contents(tmp_path / "out") == {}
+
+
+def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path):
+    sparse_weight(tmp_path / "in", 1 << 17, 1 << 13)  # 1 GiB in, 2 GiB out
+    code = (
+        "import resource, sys, fp8_cast_bf16; "
+        "assert fp8_cast_bf16.cli(sys.argv[1:]) == 0; "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", code, *arguments(tmp_path / "in", "--device", "cpu")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    size = (tmp_path / "out/model.safetensors").stat().st_size
+    (tmp_path / "out/model.safetensors").unlink()
+    assert size > 2 << 30
+    assert int(done.stdout.splitlines()[-1]) * 1024 < 600 * 10**6
+
+
+def test_cpu_path_needs_neither_triton_nor_numpy(source):
+    code = (
+        "import sys; sys.modules['triton'] = sys.modules['numpy'] = None; "
+        "import fp8_cast_bf16; sys.exit(fp8_cast_bf16.cli(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *arguments(source, "--device", "cpu")]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    assert load_checkpoint(source.parent / "out")["w"].dtype == torch.bfloat16
+
+
+def test_importing_has_no_side_effect(tmp_path):
+    code = (
+        "import torch; threads = torch.get_num_threads(); import fp8_cast_bf16, sys; "
+        "assert torch.get_num_threads() == threads and 'triton' not in sys.modules"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")
+    assert contents(tmp_path) == {}
+
+
+def test_conversion_from_python_leaves_the_threads_of_torch_as_they_were(source):
+    before = torch.get_num_threads()
+    fp8_cast_bf16.main(str(source), str(source.parent / "out"))
+    assert torch.get_num_threads() == before
+
+
+def test_progress_goes_to_a_terminal_only(source):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 25, 80, 0, 0))
+    process = subprocess.Popen([*SCRIPT, *arguments(source)], stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(ours, 4096)
+        except OSError:  # the other side is closed
+            break
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"model.safetensors: 100%" in seen
+    assert b"B/s]" in seen
+
+
+def test_the_demo_checkpoint_converts_with_ragged_blocks(tmp_path):
+    make_checkpoint(tmp_path / "in", 10**6, 2)
+    assert cli(arguments(tmp_path / "in")) == 0
+    got, given = load_checkpoint(tmp_path / "out"), load_checkpoint(tmp_path / "in")
+    ragged = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    assert given[ragged].shape[0] % 128
+    assert got[ragged].dtype == torch.bfloat16
+    for name, tensor in got.items():
+        if given[name].dtype != torch.float8_e4m3fn:
+            assert_same_bits(tensor, given[name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_and_cpu_write_the_same_bytes(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path / "in", 10**8, 2)
+    fp8_cast_bf16.main(tmp_path / "in", tmp_path / "cpu", device="cpu")
+    for window in (16 << 20, 12 << 12):
+        monkeypatch.setattr(fp8_cast_bf16, "WINDOW", window)
+        fp8_cast_bf16.main(tmp_path / "in", tmp_path / "gpu", device="cuda")
+        assert contents(tmp_path / "gpu") == contents(tmp_path / "cpu")
