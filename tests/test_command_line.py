@@ -193,15 +193,20 @@ def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path):
     sparse_weight(tmp_path / "in", 1 << 17, 1 << 13)  # 1 GiB in, 2 GiB out
     code = (
         "import resource, sys, fp8_cast_bf16; "
+        "imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
         "assert fp8_cast_bf16.cli(sys.argv[1:]) == 0; "
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(imported, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    command = [sys.executable, "-c", code, *arguments(tmp_path / "in", "--device", "cpu")]
+    options = ["--device", "cpu", "--workers", "4"]
+    command = [sys.executable, "-c", code, *arguments(tmp_path / "in", *options)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     size = (tmp_path / "out/model.safetensors").stat().st_size
     (tmp_path / "out/model.safetensors").unlink()
     assert size > 2 << 30
-    assert int(done.stdout.splitlines()[-1]) * 1024 < 600 * 10**6
+    imported, peak = (int(kilobytes) * 1024 for kilobytes in done.stdout.split()[-2:])
+    assert peak - imported < 200 * 10**6
+    if torch.version.cuda is None:  # to import a CUDA build takes over 500 MB by itself
+        assert peak < 600 * 10**6
 
 
 def test_cpu_path_needs_neither_triton_nor_numpy(source):

@@ -78,7 +78,7 @@ def test_shards_are_byte_for_byte_what_the_reference_writer_makes(
 
 def test_tensors_of_every_dtype_are_laid_out_as_the_reference_writer_does(tmp_path):
     names = ["bool", "uint8", "int8", "int16", "uint16", "float16", "bfloat16", "int32", "float32"]
-    names += ["float64", "int64", "uint32", "uint64", "complex64"]
+    names += ["float64", "int64", "uint32", "uint64"]
     tensors = {f"z{i}": torch.ones(3, dtype=getattr(torch, name)) for i, name in enumerate(names)}
     tensors["kept"] = finite_codes(3, 3)
     tensors["cast.weight"] = finite_codes(3, 3)
