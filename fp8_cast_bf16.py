@@ -30,6 +30,7 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -37,7 +38,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+with warnings.catch_warnings():  # torch regrets the absence of numpy, which nothing here needs
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 

@@ -13,6 +13,7 @@ Every NaN becomes 0x7FC0, so the bytes do not depend on where they were computed
 """
 
 import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ BF16_NAN = 0x7FC0
 # Elements of CPU scratch: 6 bytes each, small enough to stay in one core's second-level cache and
 # large enough that dispatching six torch operations costs little. Half and double are slower.
 BAND = 1 << 17
+LAUNCH = threading.Lock()  # so that of several threads one compiles the kernel and the rest find it
 
 
 @dataclass(frozen=True)
@@ -326,7 +328,7 @@ def _dequantize_triton(codes, scales, out, fmt, grid, start, stop) -> torch.Tens
         block_size_m = 4096 // (block_size_k * block_size_g)
         tiles_n = -(-(col % block_size_k + N) // (block_size_g * block_size_k))
         s = scales[grid.scale_row(row) - first_row :, col // block_cols - first_col :]
-        with torch.cuda.device_of(codes):
+        with LAUNCH, torch.cuda.device_of(codes):
             weight_dequant_kernel()[(-(-M // block_size_m) * tiles_n,)](
                 codes[at:], s, bits[at:],
                 M, N, row % grid.part, col,

@@ -215,7 +215,8 @@ def test_cpu_path_needs_neither_triton_nor_numpy(source):
         "import fp8_cast_bf16; sys.exit(fp8_cast_bf16.cli(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, *arguments(source, "--device", "cpu")]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    assert done.stderr == b""
     assert load_checkpoint(source.parent / "out")["w"].dtype == torch.bfloat16
 
 
