@@ -31,12 +31,18 @@ class NumberFormat:
     """What the bits of a code mean: a sign, then an exponent and a mantissa.
 
     exponent_bits is 0 for two's complement integers. special is the smallest magnitude (the code
-    without its sign) that is no finite number. Source: OCP 8-bit Floating Point Specification.
+    without its sign) that is no finite number, NONE where all are. Sources: OCP 8-bit Floating
+    Point Specification (E4M3, E5M2) and OCP Microscaling Formats Specification (E2M1, E8M0).
     """
 
     exponent_bits: int
     mantissa_bits: int
     special: int
+
+    @property
+    def codes_per_byte(self) -> int:
+        """1, or 2 with the first code in the low half."""
+        return 8 // (1 + self.exponent_bits + self.mantissa_bits)
 
     @property
     def shift(self) -> int:
@@ -55,16 +61,23 @@ class NumberFormat:
         return 2.0 ** (16 - 2 ** (self.exponent_bits - 1)) if self.exponent_bits else 1.0
 
 
+NONE = 0x80
 FORMATS = {
     "E4M3": NumberFormat(4, 3, special=0x7F),  # the FN variant: 0x7F is NaN, there is no infinity
     "E5M2": NumberFormat(5, 2, special=0x7C),  # 0x7C is infinity
-    "INT8": NumberFormat(0, 7, special=0x100),
+    "E2M1": NumberFormat(2, 1, special=NONE),
+    "INT8": NumberFormat(0, 7, special=NONE),
 }
 FORMAT_OF_DTYPE = {
     torch.float8_e4m3fn: "E4M3",
     torch.float8_e5m2: "E5M2",
     torch.uint8: "E4M3",
     torch.int8: "INT8",
+}
+# What a scale's dtype means, as safetensors spells it: floats, powers of two, small floats.
+SCALE_FORMATS = {
+    **{"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
+    **{"F8_E8M0": "E8M0", "U8": "E8M0", "F8_E4M3": "E4M3"},
 }
 
 
@@ -151,18 +164,26 @@ def dequantize(
 ) -> torch.Tensor:
     """Dequantize a range of a weight's elements, which may begin and end inside a row.
 
-    codes: (n,) uint8, elements [start, start + n) of the row-major weight that `grid` describes.
+    out: (n,) bfloat16, filled with the elements [start, start + n) of the row-major weight that
+    `grid` describes.
+    codes: uint8, the bytes that hold those elements, of which packed ones may share the outermost
+    with others; packed weights have an even number of columns.
     scales: float32, contiguous, the part of the scale matrix that grid.scale_region names.
-    out: (n,) bfloat16, filled. All three on one device, where the work is done.
-    number_format: a key of FORMATS.
+    All three on one device, where the work is done. number_format: a key of FORMATS.
 
     Returns the number of NaN in out: an integer tensor on that device, which need not be done yet.
     """
-    stop = start + codes.numel()
+    fmt, stop = FORMATS[number_format], start + out.numel()
     if start == stop:
         return torch.zeros((), dtype=torch.int64)
     path = _dequantize_triton if codes.is_cuda else _dequantize_cpu
-    return path(codes, scales, out, FORMATS[number_format], grid, start, stop)
+    before, after = -start % fmt.codes_per_byte, -stop % fmt.codes_per_byte
+    if not (before or after):
+        return path(codes, scales, out, fmt, grid, start, stop)
+    whole = torch.empty(before + out.numel() + after, dtype=out.dtype, device=out.device)
+    path(codes, scales, whole, fmt, grid, start - before, stop + after)
+    out.copy_(whole[before : before + out.numel()])
+    return out.isnan().sum()
 
 
 def _pieces(start: int, stop: int, cols: int, limit: int) -> Iterator[tuple[int, int, int, int]]:
@@ -193,11 +214,13 @@ def _dequantize_cpu(codes, scales, out, fmt, grid, start, stop) -> torch.Tensor:
     at = 0
     for row, col, M, N in _pieces(start, stop, grid.cols, BAND):
         n = M * N
-        band_codes, band, band_out = codes[at : at + n], values[:n], out[at : at + n]
+        band, band_out = values[:n], out[at : at + n]
+        band_codes = codes[at // fmt.codes_per_byte : (at + n) // fmt.codes_per_byte]
         _decode(band_codes, bits[:n], band, fmt)
-        simple = ordinary_scales and _largest_magnitude(band_codes) < fmt.special
+        finite = fmt.special == NONE or _largest_magnitude(band_codes) < fmt.special
+        simple = ordinary_scales and finite
         if not simple:
-            if fmt.exponent_bits < 5:  # float16's own codes are E5M2's infinities and NaN
+            if not finite and fmt.exponent_bits < 5:  # E5M2's specials are float16's own
                 band[(band_codes & 0x7F) >= fmt.special] = torch.nan
             band *= fmt.rescale
         s = (rescaled if simple else scales)[:, col // grid.block_cols - first_col :]
@@ -221,10 +244,31 @@ def _decode(codes, bits, values, fmt) -> None:
     if not fmt.exponent_bits:
         values.copy_(codes.view(torch.int8))
         return
-    # int8 widens with its sign, which so arrives at the top; the multiplication is a left shift,
-    # and faster than torch's
-    bits.copy_(codes.view(torch.int8)).mul_(1 << fmt.shift).bitwise_and_(fmt.mask)
+    # Multiplications are left shifts here, and faster than torch's.
+    if fmt.codes_per_byte == 1:
+        # int8 widens with its sign, which so arrives at the top
+        bits.copy_(codes.view(torch.int8)).mul_(1 << fmt.shift).bitwise_and_(fmt.mask)
+    else:
+        # The low and high half of a byte go to the low and high int16 of an int32, which are in
+        # order. There the magnitude moves by fmt.shift, and the sign by 3 more, to the top.
+        pairs = bits.view(torch.int32).copy_(codes).mul_(1 << 12 | 1).bitwise_and_(0x000F000F)
+        mask = (fmt.mask & 0xFFFF) * 0x10001 - (1 << 32)
+        pairs.bitwise_or_(pairs * 8).mul_(1 << fmt.shift).bitwise_and_(mask)
     values.copy_(bits.view(torch.float16))
+
+
+def widen_scales(raw: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return scales as float32. raw: uint8, their bytes; dtype: a key of SCALE_FORMATS."""
+    kind = SCALE_FORMATS[dtype]
+    if isinstance(kind, torch.dtype):
+        return raw.view(kind).float()
+    if kind == "E8M0":
+        exponents = raw.int()  # the exponent field of a float32, but for both ends of its range
+        bits = torch.where(exponents == 0, 1 << 22, exponents << 23)
+        return torch.where(exponents == 0xFF, torch.nan, bits.view(torch.float32))
+    fmt, values = FORMATS[kind], torch.empty(raw.shape, dtype=torch.float32)
+    _decode(raw, torch.empty(raw.shape, dtype=torch.int16), values, fmt)
+    return torch.where((raw & 0x7F) >= fmt.special, torch.nan, values * fmt.rescale)
 
 
 def _scales_of_rows(scales, grid, row, M, first_row) -> torch.Tensor:
@@ -264,16 +308,16 @@ def weight_dequant_kernel():
     def kernel(
         codes_ptr, scales_ptr, out_ptr,
         M, N, row, col, part, scale_rows_per_part, block_rows, block_cols, stride_scale,
-        EXPONENT_BITS: tl.constexpr, SHIFT: tl.constexpr, MASK: tl.constexpr,
-        RESCALE: tl.constexpr, SPECIAL: tl.constexpr,
+        EXPONENT_BITS: tl.constexpr, CODES_PER_BYTE: tl.constexpr, SHIFT: tl.constexpr,
+        MASK: tl.constexpr, RESCALE: tl.constexpr, SPECIAL: tl.constexpr,
         BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_G: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     ):
         """out[i, j] = bfloat16(decode(codes[i, j]) * scales[scale_row(i), (col + j) // block_cols])
 
-        codes: (M, N) uint8, out: (M, N) bfloat16 as int16, both row-major: the rectangle at
-        (row, col) of its part of the weight. scales: float32, the matrix from that rectangle's
-        first scale on. Grid: one program per tile of BLOCK_SIZE_M rows and BLOCK_SIZE_G groups of
-        BLOCK_SIZE_K columns. A group lies in one block: a thread loads one scale for many codes.
+        codes: (M, N / CODES_PER_BYTE) uint8, out: (M, N) bfloat16 as int16, both row-major: the
+        rectangle at (row, col) of its part of the weight. scales: float32, the matrix from that
+        rectangle's first scale on. Grid: one program per tile of BLOCK_SIZE_M rows and BLOCK_SIZE_G
+        groups of BLOCK_SIZE_K columns. A group lies in one block: many codes, one scale.
         """
         tiles_n = tl.cdiv(col % BLOCK_SIZE_K + N, BLOCK_SIZE_G * BLOCK_SIZE_K)
         pid_m = tl.program_id(0) // tiles_n
@@ -294,15 +338,26 @@ def weight_dequant_kernel():
         mask_s = mask_m & ((offs_g > -BLOCK_SIZE_K) & (offs_g < N))[None, :, None]
         offs = offs_m.to(tl.int64)[:, None, None] * N + offs_n[None, :, :]
         offs_s = scale_row.to(tl.int64)[:, None, None] * stride_scale + scale_col[None, :, None]
-        code = tl.load(codes_ptr + offs, mask=mask, other=0)
         scale = tl.load(scales_ptr + offs_s, mask=mask_s, other=0.0)
+        if CODES_PER_BYTE == 1:
+            code = tl.load(codes_ptr + offs, mask=mask, other=0)
+        else:
+            offs_b = (group * (BLOCK_SIZE_K // 2) - col // 2)[:, None]
+            offs_b += tl.arange(0, BLOCK_SIZE_K // 2)[None, :]
+            mask_b = mask_m & ((offs_b >= 0) & (offs_b < N // 2))[None, :, :]
+            offs_b = offs_m.to(tl.int64)[:, None, None] * (N // 2) + offs_b[None, :, :]
+            pair = tl.load(codes_ptr + offs_b, mask=mask_b, other=0)
+            code = tl.join(pair & 0xF, pair >> 4)
+            code = tl.reshape(code, (BLOCK_SIZE_M, BLOCK_SIZE_G, BLOCK_SIZE_K))
 
         if EXPONENT_BITS == 0:
             value = code.to(tl.int8, bitcast=True).to(tl.float32)
         else:
-            bits = (code.to(tl.int8, bitcast=True).to(tl.int16) << SHIFT) & MASK
+            # The sign goes to the top, and back come copies of it, of which the mask leaves one.
+            bits = code.to(tl.int16) << (16 - 8 // CODES_PER_BYTE)
+            bits = (bits >> (16 - 8 // CODES_PER_BYTE - SHIFT)) & MASK
             value = bits.to(tl.float16, bitcast=True).to(tl.float32) * RESCALE
-            if EXPONENT_BITS < 5:
+            if EXPONENT_BITS < 5 and SPECIAL < 0x80:
                 value = tl.where((code & 0x7F) >= SPECIAL, float("nan"), value)
         value *= scale
 
@@ -330,10 +385,11 @@ def _dequantize_triton(codes, scales, out, fmt, grid, start, stop) -> torch.Tens
         s = scales[grid.scale_row(row) - first_row :, col // block_cols - first_col :]
         with LAUNCH, torch.cuda.device_of(codes):
             weight_dequant_kernel()[(-(-M // block_size_m) * tiles_n,)](
-                codes[at:], s, bits[at:],
+                codes[at // fmt.codes_per_byte :], s, bits[at:],
                 M, N, row % grid.part, col,
                 grid.part, grid.scale_rows_per_part, grid.block_rows, block_cols, scales.stride(0),
-                fmt.exponent_bits, fmt.shift, fmt.mask, fmt.rescale, fmt.special,
+                fmt.exponent_bits, fmt.codes_per_byte, fmt.shift,
+                fmt.mask, fmt.rescale, fmt.special,
                 block_size_m, block_size_g, block_size_k,
             )
         at += M * N

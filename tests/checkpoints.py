@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
 
@@ -25,6 +26,12 @@ def finite_codes(*shape: int, seed: int = 0) -> torch.Tensor:
         0, 127, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
     return (codes + 128 * (codes % 3 == 0)).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def fp4_values(packed):
+    """Return the float32 values of bytes that hold two E2M1 codes each, the low half first."""
+    codes = torch.stack([packed & 0xF, packed >> 4], -1).flatten(-2).long()
+    return torch.where(codes < 8, E2M1[codes % 8], -E2M1[codes % 8])
 
 
 def dequantized(

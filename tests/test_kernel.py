@@ -3,8 +3,15 @@ import itertools
 import pytest
 import torch
 
-from checkpoints import assert_same_bits, canonical, dequantized, every_code, finite_codes
-from kernel import Grid, dequantize, weight_dequant
+from checkpoints import (
+    assert_same_bits,
+    canonical,
+    dequantized,
+    every_code,
+    finite_codes,
+    fp4_values,
+)
+from kernel import Grid, dequantize, weight_dequant, widen_scales
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -90,6 +97,39 @@ def test_a_range_cut_anywhere_holds_the_same_values_as_the_whole(block_rows, blo
         )
         assert_same_bits(out, expected[start:stop])
         assert nans == expected[start:stop].isnan().sum()
+
+
+@pytest.mark.parametrize("block", [(1, 32), (1, 16), (128, 128)])
+def test_packed_fp4_is_cut_anywhere(block):
+    rows, cols = 37, 130
+    packed = (torch.arange(rows * cols // 2) * 37 % 256).to(torch.uint8).view(rows, -1)
+    grid = Grid(rows, cols, *block, rows)
+    scales = torch.rand(grid.scale_shape)
+    scales[-1, -1] = torch.nan
+    expected = dequantized(fp4_values(packed), scales, block).flatten()
+    for start, stop in itertools.combinations([0, 1, 2, 33, 129, 130, 131, 999, 4809, 4810], 2):
+        row, row_end, col, col_end = grid.scale_region(start, stop)
+        out = torch.full((stop - start,), 7, dtype=torch.bfloat16)
+        codes = packed.flatten()[start // 2 : (stop + 1) // 2]
+        region = scales[row:row_end, col:col_end].contiguous()
+        nans = dequantize(codes, region, out, "E2M1", grid, start)
+        assert_same_bits(out, expected[start:stop])
+        assert nans == expected[start:stop].isnan().sum()
+
+
+def test_scales_of_every_dtype_are_widened_exactly():
+    raw = torch.arange(256).to(torch.uint8)
+    for dtype in ("F8_E8M0", "U8"):
+        wide = widen_scales(raw, dtype)
+        assert_same_bits(wide[:255].double(), 2.0 ** (torch.arange(255).double() - 127))
+        assert wide[255].isnan()
+    assert_same_bits(
+        widen_scales(raw, "F8_E4M3").nan_to_num(9e9), raw.view(FLOAT8[0]).float().nan_to_num(9e9)
+    )
+    for dtype, kind in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
+        assert_same_bits(
+            widen_scales(raw, dtype).nan_to_num(9e9), raw.view(kind).float().nan_to_num(9e9)
+        )
 
 
 def test_a_long_row_is_worked_off_in_bands(monkeypatch):

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import kernel
-from checkpoints import assert_same_bits, dequantized, every_code
+from checkpoints import assert_same_bits, dequantized, every_code, fp4_values
 
 ROOT = Path(__file__).parent.parent
 triton = pytest.importorskip("triton", reason="the Triton kernel needs triton")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-# rows, columns, block, rows of a part
-CASES = [
+DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8}
+GRIDS = [  # rows, columns, block, rows of a part
     (130, 300, (128, 128), 130),
     (64, 100, (1, 32), 64),
     (60, 40, (16, 16), 20),
@@ -28,6 +28,9 @@ CASES = [
     (12, 50, (12, 1), 12),
     (5, 2000, (1, 2000), 5),
 ]
+CASES = [(*grid, number_format) for grid in GRIDS for number_format in DTYPES]
+CASES += [(rows, 96, block, rows, "E2M1") for rows in (5, 140) for block in [(1, 32), (1, 16)]]
+CASES += [(60, 2000, (1, 16), 20, "E2M1")]
 
 
 @functools.cache
@@ -40,6 +43,7 @@ def compiled(backend: str, arch: int | str, number_format: str, block_size_k: in
     fmt = kernel.FORMATS[number_format]
     constants = {
         "EXPONENT_BITS": fmt.exponent_bits,
+        "CODES_PER_BYTE": fmt.codes_per_byte,
         "SHIFT": fmt.shift,
         "MASK": fmt.mask,
         "RESCALE": fmt.rescale,
@@ -66,13 +70,18 @@ def test_kernel_compiles_for_nvidia_without_fp8_types_or_flushing(arch, number_f
     assert ".ftz" not in ptx
 
 
-@pytest.mark.parametrize("block_size_k", [128, 32])
-def test_kernel_reads_and_writes_16_bytes_at_a_time(block_size_k):
-    ptx = compiled("cuda", 90, "E4M3", block_size_k).asm["ptx"]
-    memory = [line for line in ptx.splitlines() if "ld.global" in line or "st.global" in line]
-    wide = [line for line in memory if ".v4.b32" in line]
-    assert len(wide) >= 6
-    assert all("ld.global.b32" in line for line in memory if line not in wide)  # scales
+@pytest.mark.parametrize(
+    "number_format, block_size_k", [("E4M3", 128), ("E4M3", 32), ("E2M1", 32), ("E2M1", 16)]
+)
+def test_kernel_reads_8_and_writes_16_bytes_at_a_time_or_more(number_format, block_size_k):
+    ptx = compiled("cuda", 90, number_format, block_size_k).asm["ptx"]
+    loads = [line for line in ptx.splitlines() if "ld.global" in line]
+    stores = [line for line in ptx.splitlines() if "st.global" in line]
+    assert len(stores) == 4
+    assert all(".v4.b32" in line for line in stores)
+    codes = [line for line in loads if "ld.global.b32" not in line]  # the others are scales
+    assert len(codes) == 2
+    assert all(".v4.b32" in line or ".v2.b32" in line for line in codes)
 
 
 def test_kernel_compiles_for_amd():
@@ -84,20 +93,24 @@ def test_kernel_compiles_for_amd():
         pytest.skip("this triton needs ROCm's linker to finish a kernel for AMD")
 
 
-def launched_case(rows, cols, block, part, dtype, device):
-    """Return the kernel's values and the oracle's for one case, whole and cut inside a row."""
+def check_case(rows, cols, block, part, number_format, device):
+    """Hold the kernel's values against the oracle's, whole and cut inside a row."""
     grid = kernel.Grid(rows, cols, *block, part)
     scales = torch.rand(grid.scale_shape, generator=torch.Generator().manual_seed(0)) * 10
-    codes = every_code(rows, cols, dtype)
-    stacked = codes.view(-1, part, cols)
+    if number_format == "E2M1":
+        codes = every_code(rows, cols // 2, torch.uint8)
+        values = fp4_values(codes)
+    else:
+        codes = values = every_code(rows, cols, DTYPES[number_format])
+    stacked = values.view(-1, part, cols)
     expected = dequantized(stacked, scales.view(len(stacked), -1, scales.shape[1]), block).flatten()
     codes = codes.view(torch.uint8).flatten()
-    number_format = kernel.FORMAT_OF_DTYPE[dtype]
-    for start, stop in [(0, rows * cols), (cols - 1, rows * cols - 1), (1, 3)]:
+    per_byte = kernel.FORMATS[number_format].codes_per_byte
+    for start, stop in [(0, rows * cols), (cols - 2, rows * cols - 2), (2, 4)]:
         row, row_end, col, col_end = grid.scale_region(start, stop)
         out = torch.full((stop - start,), 7, dtype=torch.bfloat16, device=device)
         nans = kernel._dequantize_triton(
-            codes[start:stop].to(device),
+            codes[start // per_byte : stop // per_byte].to(device),
             scales[row:row_end, col:col_end].contiguous().to(device),
             out,
             kernel.FORMATS[number_format],
@@ -112,8 +125,7 @@ def launched_case(rows, cols, block, part, dtype, device):
 def run_interpreted() -> None:
     """Check every case under Triton's interpreter, which has to be asked for before the import."""
     for case in CASES:
-        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
-            launched_case(*case, dtype, "cpu")
+        check_case(*case, "cpu")
     print(f"{len(CASES)} cases")
 
 
@@ -127,10 +139,9 @@ def test_interpreted_kernel_equals_the_oracle():
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
 @pytest.mark.parametrize("case", CASES)
-def test_gpu_equals_the_oracle(case, dtype):
-    launched_case(*case, dtype, "cuda")
+def test_gpu_equals_the_oracle(case):
+    check_case(*case, "cuda")
 
 
 @pytest.mark.gpu
