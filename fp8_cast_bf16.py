@@ -20,7 +20,6 @@ import argparse
 import ctypes
 import errno
 import fnmatch
-import importlib.util
 import itertools
 import json
 import math
@@ -28,6 +27,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -35,7 +35,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 with warnings.catch_warnings():  # torch regrets the absence of numpy, which nothing here needs
@@ -44,16 +44,21 @@ with warnings.catch_warnings():  # torch regrets the absence of numpy, which not
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from kernel import Grid, dequantize
+from kernel import FORMATS, Grid, dequantize, find_grids, weight_dequant, widen_scales
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+PARAMS_NAME = "params.json"  # Mistral's own config
+# What says in a config, at any depth, or in a shard's metadata that the weights are quantized.
+QUANTIZATION_KEYS = (
+    *("quantization_config", "compression_config", "_quantization_metadata"),
+    *("expert_dtype", "moe_quant_algo"),
+)
 DTYPE_KEYS = ("torch_dtype", "dtype")
 # Files beside the shards: what only a quantized checkpoint needs, weights in other formats or of
 # another set, and what tools keep for themselves is not copied; everything else is.
-QUANTIZATION_FILES = ("hf_quant_config.json",)
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantization_config.json")
 WEIGHT_FILES = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*"),
     *("*.pth", "*.gguf", "*.h5", "*.msgpack"),
@@ -67,16 +72,73 @@ DTYPE_ORDER = (
     *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8"),
     *("F6_E3M2", "F6_E2M3", "F4", "BOOL"),
 )
-FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
-# Number format of the codes of each dtype that can hold a weight. U8 and I8 do only beside a scale.
-CODE_FORMATS = {"F8_E4M3": "E4M3", "F8_E5M2": "E5M2", "U8": "E4M3", "I8": "INT8"}
-SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-SCALE_SUFFIX = "_scale_inv"
-# Scales of the activations: of no use once the weight beside them is BF16.
-SIDE_SCALES = ("activation_scale",)
-BLOCK_SIZES = (16, 32, 64, 128, 256, 1)
+
+# What the dtypes of a weight and of its scale say together: a key of kernel.FORMATS, and the block
+# where it is fixed. I8 and U8 with exponents, and U8 with small floats, are two FP4 codes a byte.
+FP8_DTYPES = ("F8_E4M3", "F8_E5M2", "F4")
+FLOATS, EXPONENTS = ("F32", "BF16", "F16"), ("F8_E8M0", "U8")
+CODECS = {
+    **{("F8_E4M3", scale): ("E4M3", None) for scale in FLOATS + EXPONENTS},
+    **{("F8_E5M2", scale): ("E5M2", None) for scale in FLOATS + EXPONENTS},
+    **{("U8", scale): ("E4M3", None) for scale in FLOATS},
+    **{("I8", scale): ("INT8", None) for scale in FLOATS},
+    **{(weight, scale): ("E2M1", (1, 32)) for weight in ("I8", "U8", "F4") for scale in EXPONENTS},
+    **{(weight, "F8_E4M3"): ("E2M1", (1, 16)) for weight in ("U8", "F4")},  # NVFP4
+    **{("F8_E4M3", None): ("E4M3", None), ("F8_E5M2", None): ("E5M2", None)},
+    ("F4", None): ("E2M1", None),
+}
+# What the scale of a weight is called: the weight's name without what its kind ends in, and one of
+# these endings. The first kind counts that has one. Shards of a table share their parent's.
+SCALE_NAMES = tuple(
+    (re.compile(pattern), suffixes.split())
+    for pattern, suffixes in (
+        (
+            r"(.*\.|)weight",
+            "weight_scale_inv weight_scale scale qscale_weight scale_weight weight.scale",
+        ),
+        (r"(.*\.|)weight_packed", "weight_scale"),
+        (r"(.*\.|)_weight_qdata", "_weight_scale"),
+        (r"(.*\.|)shard_\d+\.weight", "weight_scale"),
+        (r"(.*)", "_scale_inv _scales_inv _weight_scale _scale .scale"),
+    )
+)
+RENAMED = re.compile(r"(^|\.)(weight_packed|_weight_qdata)$")  # to weight
+SCALE_NAME = re.compile(r".*(_scale_inv|_scales_inv|[._]scale|qscale_weight|scale_weight)|scale")
+# Of two scales that could both be meant, the one that the loader for a quant_method reads.
+SCALE_OF_METHOD = {"fp8": "_scale_inv", "mxfp8": "_scale_inv", "compressed-tensors": "weight_scale"}
+SCALE_OF_METHOD |= dict.fromkeys(("modelopt", "fbgemm_fp8", "quark"), "weight_scale")
+# What is of no use once the weight beside it is BF16, by the last part of its name.
+SIDE_TENSOR = re.compile(
+    r"(.*_)?(input_scale|activation_scale|qscale_act|scale_input|input_scale_ub|global_scale|"
+    r"output_scale|weight_shape|comfy_quant|zero_point|zp)"
+)
+ZERO_POINT = re.compile(r"(.*_)?(zero_point|zp)")
+# Scales of the key-value cache, and ComfyUI's mark, by the whole name.
+CACHE_SCALE = re.compile(
+    r"(.*\.)?([kvq]_scale|kv_scale|prob_scale|scaled_fp8|[^.]*_fake_quantizer\.qscale_act)"
+)
+COMFY_FORMATS = {"float8_e4m3fn": "E4M3", "float8_e5m2": "E5M2"}
+# Tensors that no scale alone turns into weights: dtype (any if empty), last part of the name, what.
+REFUSED = tuple(
+    (dtypes.split(), re.compile(leaf), what)
+    for dtypes, leaf, what in (
+        ("", "pre_quant_scale", "an AWQ factor that belongs to the activations"),
+        ("", "svdquant_lora_.*", "the low-rank part of an SVDQuant weight"),
+        ("", "input_rotation", "a rotation that the loader applies at run time"),
+        ("", "qweight|qzeros", "part of a GPTQ or AWQ weight"),
+        ("I32", ".*weight_packed", "a weight of packed integers (INT4)"),
+        ("U32", "weight", "an MLX weight of packed integers"),
+        ("", "absmax|SCB|bitsandbytes__.*", "part of a bitsandbytes weight"),
+        ("", "trellis|suh|svh", "part of an EXL3 weight"),
+        ("", "bitmask|compressed", "part of a sparse weight (2:4)"),
+        ("U8", ".*_blocks", "a transposed MXFP4 weight, as in gpt-oss"),
+        ("F6_E2M3 F6_E3M2", ".*", "a 6-bit float"),
+        ("F8_E4M3FNUZ F8_E5M2FNUZ", ".*", "an FNUZ float, whose bits mean other values"),
+    )
+)
 DEFAULT_BLOCK_SIZE = (128, 128)
 
+MISSING_SCALE = ("keep", "cast", "error")
 PAGE = 4096  # the alignment that direct I/O asks of offsets, lengths and memory
 WINDOW = 16 << 20
 TEMPORARY_SUFFIX = ".tmp"
@@ -115,18 +177,19 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Shard names with their metadata, all tensors by name, and the two JSON files if present."""
+    """Shard names with their metadata, all tensors by name, and the JSON files if present."""
 
     root: Path
     shards: dict[str, dict[str, str]]
     tensors: dict[str, Tensor]
     index: dict | None
     config: dict | None
+    params: dict | None
 
 
 def read_json(path: Path) -> dict | None:
     """Return the JSON object in a file, None where there is no such file."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -169,9 +232,10 @@ def find_shards(root: Path, index: dict | None) -> list[str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{root / INDEX_NAME}: has no weight_map; download it again")
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or shard in ("", ".", "..") or set("/\\\0") & set(shard):
+            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
                 raise CheckpointError(
-                    f"{root / INDEX_NAME}: puts {name} into {shard!r}; expected a file beside it"
+                    f"{root / INDEX_NAME}: puts {name} into {shard!r}; expected a *.safetensors "
+                    "file beside it"
                 )
         return sorted(set(weight_map.values()))
     if (root / SINGLE_NAME).exists():
@@ -200,7 +264,7 @@ def load_checkpoint(root: Path) -> Checkpoint:
             other = tensors.setdefault(tensor.name, tensor)
             if other is tensor:
                 continue
-            if weight_map.get(tensor.name) not in (shard, other.path.name):
+            if weight_map.get(tensor.name) not in names:
                 raise CheckpointError(
                     f"{tensor.path}: {tensor.name} stands in {other.path.name} too and no index "
                     "says which counts; remove the file that is not part of the checkpoint"
@@ -210,7 +274,8 @@ def load_checkpoint(root: Path) -> Checkpoint:
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{root / shard}: {name} is not there; {INDEX_NAME} names it")
-    return Checkpoint(root, shards, tensors, index, read_json(root / CONFIG_NAME))
+    configs = read_json(root / CONFIG_NAME), read_json(root / PARAMS_NAME)
+    return Checkpoint(root, shards, tensors, index, *configs)
 
 
 # --- plan: what every byte of the output will be ---
@@ -220,21 +285,26 @@ def load_checkpoint(root: Path) -> Checkpoint:
 class Quantization:
     """How a weight's codes become values: a key of kernel.FORMATS, the scales, and their grid.
 
-    scale is None for a weight that is cast as if its scale were 1.
+    shape is the weight's in elements. scale is None for a weight that is cast as if its scale were
+    1. second holds scales of the scales: a factor, or a divisor where its name ends in
+    global_scale.
     """
 
     codes: str
+    shape: tuple[int, ...]
     scale: Tensor | None
     grid: Grid
+    second: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor of an output shard: bytes [start, stop) of that file.
+    """One tensor of an output shard: its name, and bytes [start, stop) of that file.
 
     They are source's bytes, or its values as BF16 where there is a quantization.
     """
 
+    name: str
     start: int
     stop: int
     source: Tensor
@@ -256,11 +326,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a conversion will do. `dropped` are scales, `missing` FP8 weights that have none."""
+    """All that a conversion will do.
+
+    dropped: tensors that do not reach the output; orphans: those of them that are scales of no
+    weight. missing: FP8 weights that have no scale.
+    """
 
     checkpoint: Checkpoint
     shards: list[Shard]
     dropped: list[Tensor]
+    orphans: list[Tensor]
     missing: list[Tensor]
 
     @property
@@ -269,106 +344,270 @@ class Plan:
 
 
 def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
-    """Decide what becomes of every tensor. No tensor data is read.
+    """Decide what becomes of every tensor.
 
     missing_scale: what to do with an FP8 weight without a scale: "keep" it as it is, "cast" it with
-    scale 1, or raise an "error". Raises CheckpointError where the rules do not decide.
+    scale 1, or raise an "error". Raises CheckpointError where the rules do not decide. Of the data
+    nothing is read but zero points and ComfyUI's notes.
     """
+    refuse(checkpoint)
     tensors = checkpoint.tensors
-    block_sizes = config_block_sizes(checkpoint.config or {})
-    quantizations, dropped, missing = {}, {}, []
-    for tensor in tensors.values():
-        if tensor.name.endswith(SCALE_SUFFIX):
-            dropped[tensor.name] = tensor  # one without a weight too: no loader knows it
-            continue
-        scale = tensors.get(tensor.name + SCALE_SUFFIX)
-        if tensor.dtype not in CODE_FORMATS or not (scale or tensor.dtype in FP8_DTYPES):
-            continue
-        if scale is None:
-            missing.append(tensor)
-            if missing_scale != "cast":
-                continue
-        quantizations[tensor.name] = quantize(tensor, scale, block_sizes)
-        for name in side_scale_names(tensor.name):
-            if name in tensors:
-                dropped[name] = tensors[name]
+    quantizations, consumed = pair(checkpoint)
+    missing = [tensors[name] for name, entry in quantizations.items() if entry.scale is None]
     if missing and missing_scale == "error":
         raise CheckpointError(
             f"{missing[0].path}: {missing[0].name} has no scale, one of {len(missing)} weights; "
             "--missing-scale keep leaves them FP8, cast takes their scale as 1"
         )
-    shards = []
-    for name, metadata in checkpoint.shards.items():
-        path = checkpoint.root / name
-        kept = [t for t in tensors.values() if t.path == path and t.name not in dropped]
-        if kept:
-            shards.append(plan_shard(name, metadata, kept, quantizations))
-    if not shards:
+    if missing_scale == "keep":
+        for tensor in missing:
+            del quantizations[tensor.name]
+    modules = {name.rpartition(".")[0] for name in quantizations}
+    dropped, orphans, kept = [], [], {name: [] for name in checkpoint.shards}
+    for tensor in tensors.values():
+        if tensor.name in consumed or is_side_tensor(tensor, modules):
+            dropped.append(tensor)
+        elif tensor.name.endswith(("_scale_inv", "_scales_inv")) or tensor.dtype == "F8_E8M0":
+            of = tensors.get(re.sub("_scales?_inv$", "", tensor.name))
+            if of and of.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"{of.path}: {of.name} is {of.dtype} and has a scale, {tensor.name}: "
+                    "no known format stores weights so"
+                )
+            orphans.append(tensor)
+        else:
+            kept[tensor.path.name].append(tensor)
+    if not any(kept.values()):
         raise CheckpointError(f"{checkpoint.root}: holds no tensors; give the checkpoint's folder")
-    return Plan(checkpoint, shards, list(dropped.values()), missing)
+    shards = [
+        plan_shard(name, checkpoint.shards[name], members, quantizations)
+        for name, members in kept.items()
+        if members
+    ]
+    return Plan(checkpoint, shards, dropped + orphans, orphans, missing)
 
 
-def config_block_sizes(config: dict) -> list[tuple[int, int]]:
-    """Return the block sizes that a config names, at any depth, and the usual one."""
-    found = []
-    for key, value in config.items():
-        if key in QUANTIZATION_KEYS and isinstance(value, dict):
-            match value.get("weight_block_size"):
-                case [int(rows), int(cols)] if rows > 0 and cols > 0:
-                    found.append((rows, cols))
-        elif isinstance(value, dict):
-            found += config_block_sizes(value)
-    return [*found, DEFAULT_BLOCK_SIZE]
+def refuse(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for what would come out wrong however its scales were applied."""
+    for name in checkpoint.shards:
+        if re.fullmatch(r"model\d+-mp\d+\.safetensors", name):
+            raise CheckpointError(
+                f"{checkpoint.root / name}: one of the slices that tensor-parallel ranks load; "
+                "convert the checkpoint that they were made from"
+            )
+    for tensor in checkpoint.tensors.values():
+        leaf = tensor.name.rpartition(".")[2]
+        for dtypes, pattern, what in REFUSED:
+            if (not dtypes or tensor.dtype in dtypes) and pattern.fullmatch(leaf):
+                raise CheckpointError(
+                    f"{tensor.path}: {tensor.name} ({tensor.dtype}) is {what}; dequantize this "
+                    "checkpoint with the tool that made it"
+                )
+    for config in quantization_configs(checkpoint.config):
+        entries = list(walk(config))
+        locations = [value for key, value in entries if key == "location"]
+        sparse = [value for key, value in entries if key == "sparsity_structure"]
+        if not all(str(location).startswith("weight_") for location in locations):
+            what = "transform_config, which changes activations at run time"
+        elif any(structure not in (None, "dense", "unstructured", "0:0") for structure in sparse):
+            what = "sparsity_config, by which weights are stored without their zeros"
+        else:
+            continue
+        raise CheckpointError(
+            f"{checkpoint.root / CONFIG_NAME}: has a {what}; dequantize this checkpoint with the "
+            "tool that made it"
+        )
 
 
-def side_scale_names(name: str) -> list[str]:
-    """Return what the scales beside a weight may be called: P.x for P.weight, P_x for a bare P."""
-    owner = name.removesuffix("weight") if name.endswith(".weight") else name + "_"
-    return [owner + side for side in SIDE_SCALES]
+def walk(value) -> Iterator[tuple[str, object]]:
+    """Yield every key of a JSON value with what stands there, at any depth."""
+    queue = [value]
+    while queue:
+        value = queue.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            queue += value.values()
+        elif isinstance(value, list):
+            queue += value
+
+
+def quantization_configs(config: dict | None) -> list[dict]:
+    """Return what a config says of quantization, at any depth."""
+    return [v for key, v in walk(config) if key in QUANTIZATION_KEYS and isinstance(v, dict)]
+
+
+def read_hints(config: dict | None) -> tuple[set[str], list[tuple[int, int]]]:
+    """Return the quant_methods and the block sizes that a config names. They only break ties."""
+    methods, sizes = set(), []
+    for key, value in itertools.chain.from_iterable(map(walk, quantization_configs(config))):
+        match key, value:
+            case "quant_method", str():
+                methods.add(value)
+            case "weight_block_size" | "block_structure", [int(rows), int(cols)]:
+                sizes.append((rows, cols))
+            case "block_structure", str() if numbers := re.fullmatch(r"(\d+)x(\d+)", value):
+                sizes.append((int(numbers[1]), int(numbers[2])))
+            case "group_size", int():
+                sizes.append((1, value))
+    return methods, [size for size in sizes if min(size) > 0] + [DEFAULT_BLOCK_SIZE]
+
+
+def comfy_formats(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the number formats that ComfyUI notes, by module: a key of kernel.FORMATS each.
+
+    A note is JSON, in a tensor of bytes beside the weight or in the metadata of a shard. Raises
+    CheckpointError for formats whose scales are stored in tiles or that need more than a scale.
+    """
+    notes = {}
+    try:
+        for shard, metadata in checkpoint.shards.items():
+            where = checkpoint.root / shard
+            notes |= json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        for tensor in checkpoint.tensors.values():
+            if tensor.name.endswith(".comfy_quant"):
+                where = tensor.path
+                notes[tensor.name.rpartition(".")[0]] = json.loads(read_small(tensor))
+        formats = {module: note["format"] for module, note in notes.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{where}: what ComfyUI notes there is not valid") from error
+    for module, name in formats.items():
+        if name not in COMFY_FORMATS or notes[module].get("convrot"):
+            raise CheckpointError(
+                f"{checkpoint.root}: {module} is in ComfyUI's format {name}; only "
+                f"{' and '.join(COMFY_FORMATS)} can be undone with a scale"
+            )
+    return {module: COMFY_FORMATS[name] for module, name in formats.items()}
+
+
+def read_small(tensor: Tensor) -> bytes:
+    with naming(tensor.path), open(tensor.path, "rb") as file:
+        file.seek(tensor.start)
+        return file.read(tensor.stop - tensor.start)
+
+
+def pair(checkpoint: Checkpoint) -> tuple[dict[str, Quantization], set[str]]:
+    """Return the quantization of every quantized weight, and the names of all their scales."""
+    tensors = checkpoint.tensors
+    methods, block_sizes = read_hints(checkpoint.config)
+    noted = comfy_formats(checkpoint)
+    quantizations, consumed = {}, set()
+    candidates = [t for t in tensors.values() if (t.dtype, "F32") in CODECS or t.dtype == "F4"]
+    # What is named like a scale comes last: it is a weight only if no weight has used it.
+    for weight in sorted(candidates, key=lambda t: bool(SCALE_NAME.fullmatch(t.name))):
+        if weight.name in consumed:
+            continue
+        scale, others = find_scale(weight, tensors, methods)
+        if scale is None and weight.dtype not in FP8_DTYPES:
+            continue
+        second = find_second(weight, scale, tensors)
+        quantization = quantize(weight, scale, second, methods, block_sizes)
+        if weight.dtype == "U8" and weight.name.rpartition(".")[0] in noted:
+            codes = noted[weight.name.rpartition(".")[0]]
+            quantization = replace(quantization, codes=codes)
+        quantizations[weight.name] = quantization
+        consumed |= {used.name for used in (scale, second, *others) if used}
+        if weight.name != output_name(weight.name) in tensors:
+            raise CheckpointError(
+                f"{weight.path}: {weight.name} becomes {output_name(weight.name)}, which exists too"
+            )
+    return quantizations, consumed
+
+
+def output_name(name: str) -> str:
+    return RENAMED.sub(r"\1weight", name)
+
+
+def find_scale(
+    weight: Tensor, tensors: dict[str, Tensor], methods: set[str]
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Return the scale of a weight, and other scales of it that another loader would take."""
+    for pattern, endings in SCALE_NAMES:
+        match = pattern.fullmatch(weight.name)
+        names = [match[1] + ending for ending in endings] if match else []
+        found = [tensors[name] for name in names if name in tensors]
+        if len(found) > 1:
+            endings = tuple(SCALE_OF_METHOD[m] for m in methods if m in SCALE_OF_METHOD)
+            meant = [scale for scale in found if scale.name.endswith(endings)]
+            if len(meant) != 1:
+                rivals = " and ".join(scale.name for scale in found)
+                raise CheckpointError(
+                    f"{weight.path}: {weight.name} has two scales, {rivals}, and quant_method in "
+                    f"{CONFIG_NAME} does not decide; remove the one that is not meant"
+                )
+            # a bare `scale` may be a parameter after all
+            others = [scale for scale in found if scale not in meant and "weight" in scale.name]
+            return meant[0], others
+        if found:
+            return found[0], []
+    return None, []
+
+
+def find_second(weight: Tensor, scale: Tensor | None, tensors: dict[str, Tensor]) -> Tensor | None:
+    """Return the scale of an NVFP4 weight's scales: ModelOpt's factor or the other's divisor."""
+    if scale is None or not scale.name.endswith("weight_scale"):
+        return None
+    names = scale.name + "_2", scale.name.removesuffix("scale") + "global_scale"
+    found = [tensors[name] for name in names if name in tensors]
+    wanted = CODECS.get((weight.dtype, scale.dtype)) == CODECS["U8", "F8_E4M3"]
+    if len(found) == wanted and all(second.dtype in FLOATS for second in found):
+        return found[0] if found else None
+    if not wanted and scale.name + "_2" not in tensors:
+        return None
+    raise CheckpointError(
+        f"{scale.path}: {weight.name} is {weight.dtype} with scales of {scale.dtype} and "
+        f"{len(found)} second scales; expected one, of float, for NVFP4 and none for others"
+    )
 
 
 def quantize(
-    weight: Tensor, scale: Tensor | None, block_sizes: list[tuple[int, int]]
+    weight: Tensor,
+    scale: Tensor | None,
+    second: Tensor | None,
+    methods: set[str],
+    block_sizes: list[tuple[int, int]],
 ) -> Quantization:
-    """Pair a weight with its scale. Raises CheckpointError where dtype or shape fit no rule."""
-    if scale is not None and scale.dtype not in SCALE_DTYPES:
-        expected = ", ".join(SCALE_DTYPES)
-        raise CheckpointError(f"{scale.path}: {scale.name} is {scale.dtype}; expected {expected}")
-    grid = find_grid(weight.shape, scale.shape if scale else (), block_sizes)
-    if grid is None:
+    """Decide codec and grid of a weight. Raises CheckpointError where dtypes or shapes fit none."""
+    codec = CODECS.get((weight.dtype, scale.dtype if scale else None))
+    if codec is None:
         raise CheckpointError(
-            f"{weight.path}: {weight.name} is {list(weight.shape)}, its scale {scale.name} is "
-            f"{list(scale.shape)}: no block size fits; expected one scale per tensor, row or block"
+            f"{scale.path}: {scale.name} is {scale.dtype}, its weight {weight.name} is "
+            f"{weight.dtype}: no known format stores them so"
         )
-    return Quantization(CODE_FORMATS[weight.dtype], scale, grid)
+    codes, block = codec
+    shape = weight.shape
+    if codes == "E2M1" and weight.dtype != "F4":
+        shape = (*shape[:-1], 2 * math.prod(shape[-1:]))
+    if block:
+        fits = scale.shape == (*shape[:-1], -(-shape[-1] // block[1])) and not shape[-1] % 2
+        rows = math.prod(shape[:-1])
+        grids = [Grid(rows, shape[-1], *block, part=max(shape[-2:-1] or (1,)))] if fits else []
+    else:
+        # Llama 4's experts are stored transposed, but for the scales of one kind
+        transposed = "fbgemm_fp8" in methods and weight.name.endswith("down_proj")
+        fused = "qkv_proj" in weight.name
+        grids = find_grids(shape, scale.shape if scale else (), block_sizes, transposed, fused)
+    experts = grids[0].rows // grids[0].part if grids else 0
+    if len(grids) != 1 or (second and math.prod(second.shape) not in (1, experts)):
+        raise CheckpointError(
+            f"{weight.path}: {weight.name} is {list(shape)} ({codes}), its scale {scale.name} is "
+            f"{list(scale.shape)}: {'two grids fit' if len(grids) > 1 else 'no block size fits'}; "
+            "expected one scale per tensor, expert, row, column or block"
+        )
+    return Quantization(codes, shape, scale, grids[0], second)
 
 
-def find_grid(
-    weight_shape: tuple[int, ...], scale_shape: tuple[int, ...], block_sizes: list[tuple[int, int]]
-) -> Grid | None:
-    """Return the grid by which scales of one shape cover a weight of another, None where none fits.
-
-    A weight is E experts of N rows and K columns; a matrix has E = 1. The first match counts: one
-    scale for all; per expert, per row or per column; a block size that the config names; a block
-    size out of BLOCK_SIZES on each axis. It is never computed from the shapes: 192 rows over 2 rows
-    of scales are blocks of 128, the second cut off, not blocks of 96.
-    """
-    *experts, N, K = (1, 1, *weight_shape)
-    E = math.prod(experts)
-    if math.prod(scale_shape) == 1 or not E * N * K:
-        return Grid(E * N, K, max(E * N, 1), max(K, 1), part=max(E * N, 1))
-    scale = scale_shape
-    while len(scale) > (3 if E > 1 else 2) and scale[0] == 1:
-        scale = scale[1:]
-    whole = {(E,): (N, K), (E, 1): (N, K), (E, 1, 1): (N, K), (E, N, 1): (1, K), (E, 1, K): (N, 1)}
-    if E == 1:
-        whole = {(N,): (1, K), (N, 1): (1, K), (1, K): (N, 1)}
-    elif scale[0] == E and len(scale) == 3 and scale not in whole:
-        scale = scale[1:]
-    sizes = [*block_sizes, *itertools.product(BLOCK_SIZES, BLOCK_SIZES)]
-    fitting = (size for size in sizes if (-(-N // size[0]), -(-K // size[1])) == scale)
-    blocks = whole.get(scale) or next(fitting, None)
-    return Grid(E * N, K, *blocks, part=N) if blocks else None
+def is_side_tensor(tensor: Tensor, modules: set[str]) -> bool:
+    """Return whether a tensor only serves quantization in a module whose weight becomes BF16."""
+    module, _, leaf = tensor.name.rpartition(".")
+    if CACHE_SCALE.fullmatch(tensor.name):
+        return True
+    if module not in modules or not SIDE_TENSOR.fullmatch(leaf):
+        return False
+    if ZERO_POINT.fullmatch(leaf) and any(read_small(tensor)):
+        raise CheckpointError(
+            f"{tensor.path}: {tensor.name} is not all zero; asymmetric formats are not supported"
+        )
+    return True
 
 
 def plan_shard(
@@ -381,23 +620,25 @@ def plan_shard(
     entries = []
     for tensor in tensors:
         quantization = quantizations.get(tensor.name)
-        dtype, size = tensor.dtype, tensor.stop - tensor.start
         if quantization:
-            dtype, size = "BF16", 2 * math.prod(tensor.shape)
-        entries.append((DTYPE_ORDER.index(dtype), tensor.name, dtype, size, tensor, quantization))
-    entries.sort(key=lambda entry: entry[:2])
+            size = 2 * math.prod(quantization.shape)
+            entry = "BF16", output_name(tensor.name), quantization.shape, size
+        else:
+            entry = tensor.dtype, tensor.name, tensor.shape, tensor.stop - tensor.start
+        entries.append((*entry, tensor, quantization))
+    entries.sort(key=lambda entry: (DTYPE_ORDER.index(entry[0]), entry[1]))
+    metadata = {key: text for key, text in metadata.items() if key not in QUANTIZATION_KEYS}
     header = {"__metadata__": dict(sorted({**metadata, "format": "pt"}.items()))}
     offset = 0
-    for _, tensor_name, dtype, size, tensor, _ in entries:
+    for dtype, tensor_name, shape, size, *_ in entries:
         offsets = [offset, offset + size]
-        header[tensor_name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": offsets}
+        header[tensor_name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
         offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    steps = []
-    for _, _, _, size, tensor, quantization in entries:
-        steps.append(Step(start, start + size, tensor, quantization))
+    start, steps = 8 + len(text), []
+    for _, tensor_name, _, size, tensor, quantization in entries:
+        steps.append(Step(tensor_name, start, start + size, tensor, quantization))
         start += size
     return Shard(name, len(text).to_bytes(8, "little") + text, steps)
 
@@ -407,8 +648,11 @@ def plan_shard(
 
 def page_aligned(size: int, pinned: bool) -> torch.Tensor:
     """Return a uint8 tensor that starts on a page, in pinned memory if a GPU is to copy from it."""
-    buffer = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
-    start = -buffer.data_ptr() % PAGE
+    # Pinned memory comes in pages, and a size over a power of two would be rounded up to the next.
+    buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    if start := -buffer.data_ptr() % PAGE:
+        buffer = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
+        start = -buffer.data_ptr() % PAGE
     return buffer[start : start + size]
 
 
@@ -448,6 +692,13 @@ class Worker:
                 view = view[count:]
         self.seconds["reading"] += time.perf_counter() - began
 
+    def read_scale(self, scale: Tensor, first: int, count: int) -> torch.Tensor:
+        """Return `count` values of a scale from the one numbered `first` on, as float32."""
+        size = (scale.stop - scale.start) // math.prod(scale.shape)
+        raw = torch.empty(count * size, dtype=torch.uint8)
+        self.read(scale.path, scale.start + first * size, raw)
+        return widen_scales(raw, scale.dtype)
+
     def close(self) -> None:
         for file in self.files.values():
             file.close()
@@ -474,21 +725,19 @@ def render(shard: Shard, start: int, stop: int, worker: Worker) -> torch.Tensor:
 
 def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
     """Fill `out`, uint8, with the elements [start, stop) of a weight as BF16."""
-    codes = worker.codes[: stop - start]
-    worker.read(step.source.path, step.source.start + start, codes)
-    scales = read_scales(step.quantization, start, stop, worker)
+    quantization = step.quantization
+    per_byte = FORMATS[quantization.codes].codes_per_byte
+    first_byte, last_byte = start // per_byte, -(-stop // per_byte)
+    codes = worker.codes[: last_byte - first_byte]
+    worker.read(step.source.path, step.source.start + first_byte, codes)
+    scales = read_scales(quantization, start, stop, worker)
     began = time.perf_counter()
     out = out.view(torch.bfloat16)
     with torch.cuda.stream(worker.stream):
+        codes = codes.to(worker.device, non_blocking=True)
+        scales = scales.to(worker.device)
         values = out if worker.stream is None else torch.empty_like(out, device=worker.device)
-        nans = dequantize(
-            codes.to(worker.device, non_blocking=True),
-            scales.to(worker.device),
-            values,
-            step.quantization.codes,
-            step.quantization.grid,
-            start,
-        )
+        nans = dequantize(codes, scales, values, quantization.codes, quantization.grid, start)
         if values is not out:
             out.copy_(values, non_blocking=True)
         worker.nans += nans.item()  # waits for the stream, so the buffers are free again
@@ -496,15 +745,25 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
 
 
 def read_scales(quantization: Quantization, start: int, stop: int, worker: Worker) -> torch.Tensor:
-    """Return the scales of the elements [start, stop) of a weight as a float32 matrix."""
-    scale, grid = quantization.scale, quantization.grid
-    if scale is None:
+    """Return the scales of the elements [start, stop) of a weight as a float32 matrix.
+
+    Scales of scales are applied here, in float32, before the codes meet either: the order in which
+    ModelOpt and compressed-tensors dequantize.
+    """
+    if quantization.scale is None:
         return torch.ones(1, 1)
+    grid, second = quantization.grid, quantization.second
     row, row_end, col, col_end = grid.scale_region(start, stop)
-    raw = torch.empty(row_end - row, col_end - col, dtype=SCALE_DTYPES[scale.dtype])
-    skipped = row * grid.scale_shape[1] + col
-    worker.read(scale.path, scale.start + skipped * raw.element_size(), raw)
-    return raw.float()
+    count = (row_end - row) * (col_end - col)
+    scales = worker.read_scale(quantization.scale, row * grid.scale_shape[1] + col, count)
+    scales = scales.view(row_end - row, col_end - col)
+    if second is None:
+        return scales
+    factors = worker.read_scale(second, 0, math.prod(second.shape))
+    if len(factors) > 1:
+        factors = factors[torch.arange(row, row_end) // grid.scale_rows_per_part]
+    factors = factors.view(-1, 1)
+    return scales / factors if second.name.endswith("global_scale") else scales * factors
 
 
 # --- write: windows under a temporary name, then the final one ---
@@ -517,16 +776,17 @@ def direct_flag(root: Path) -> int:
     are refused (tmpfs, some network file systems, other than Linux), plain writes do the same.
     """
     flag = getattr(os, "O_DIRECT", 0)
-    probe = root / f"probe{TEMPORARY_SUFFIX}"
+    number, probe = tempfile.mkstemp(dir=root, suffix=TEMPORARY_SUFFIX)
+    os.close(number)
     try:
-        with open_output(probe, flag | os.O_CREAT) as file:
+        with naming(root), open_output(Path(probe), flag) as file:
             file.write(as_bytes(page_aligned(PAGE, False)))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
         flag = 0
     finally:
-        probe.unlink(missing_ok=True)
+        os.unlink(probe)
     return flag
 
 
@@ -549,7 +809,8 @@ class Output:
         for shard in plan.shards:
             starts = range(0, shard.size, window)
             self.unwritten[shard.name] = len(starts)
-            with open(self.temporary(shard), "wb") as file:
+            path = self.temporary(shard)
+            with naming(path), open(path, "wb") as file:
                 file.truncate(shard.size)
             for start in starts:
                 yield shard, start, min(start + window, shard.size)
@@ -633,21 +894,28 @@ def side_files(root: Path) -> tuple[list[str], list[str]]:
     cache keeps the files of a snapshot as links into its own `blobs`, which count as inside.
     """
     inside = [root.resolve()]
-    if root.resolve().parent.name == "snapshots":
-        inside.append(root.resolve().parent.parent / "blobs")
+    inside += [p.parent / "blobs" for p in root.resolve().parents if p.name == "snapshots"]
     copied, left_out = [], []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=raise_error):
         linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         folders[:] = sorted(name for name in folders if name not in TOOL_FOLDERS)
         for name in sorted(names + linked):
             path = Path(folder, name)
             relative = path.relative_to(root).as_posix()
+            if relative in (INDEX_NAME, CONFIG_NAME, PARAMS_NAME, *QUANTIZATION_FILES):
+                continue
             plain = path.is_file() and any(path.resolve().is_relative_to(place) for place in inside)
             if any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES) or not plain:
                 left_out.append(relative)
-            elif relative not in (CONFIG_NAME, *QUANTIZATION_FILES):
+            elif not os.access(path, os.R_OK):
+                raise CheckpointError(f"{path}: may not be read; it would be missing in the output")
+            else:
                 copied.append(relative)
     return copied, left_out
+
+
+def raise_error(error: OSError) -> None:
+    raise error
 
 
 def bf16_config(value):
@@ -663,42 +931,61 @@ def bf16_config(value):
     }
 
 
-def bf16_index(plan: Plan) -> dict:
-    """Return the input's index with the weight_map and the size of what was written."""
-    index = dict(plan.checkpoint.index)
-    weight_map = {step.source.name: shard.name for shard in plan.shards for step in shard.steps}
-    size = sum(step.stop - step.start for shard in plan.shards for step in shard.steps)
-    metadata = index.get("metadata")
-    index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
-    index["weight_map"] = dict(sorted(weight_map.items()))
-    return index
+def bf16_texts(plan: Plan) -> dict[str, str]:
+    """Return the JSON files of the output by name, the index last, where the input has them."""
+    values = {}
+    params, config, index = plan.checkpoint.params, plan.checkpoint.config, plan.checkpoint.index
+    if params is not None:
+        values[PARAMS_NAME] = {key: v for key, v in params.items() if key != "quantization"}
+    try:
+        if config is not None:
+            values[CONFIG_NAME] = bf16_config(config)
+            if not any(key in config for key in DTYPE_KEYS):
+                values[CONFIG_NAME]["torch_dtype"] = "bfloat16"
+        if index is not None:
+            steps = [(step, shard.name) for shard in plan.shards for step in shard.steps]
+            metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
+            size = sum(step.stop - step.start for step, _ in steps)
+            weight_map = {step.name: name for step, name in steps}
+            values[INDEX_NAME] = {
+                **index,
+                "metadata": {**metadata, "total_size": size},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+        return {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
+    except RecursionError as error:
+        raise CheckpointError(f"{plan.checkpoint.root}: a JSON file there is too deep") from error
 
 
-def write_json(path: Path, value: dict) -> None:
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def prepare(plan: Plan, out: Path) -> None:
+    """Make the output folder, and clear it of what would make loaders take it for complete."""
+    out.mkdir(parents=True, exist_ok=True)
+    ours = {shard.name for shard in plan.shards}
+    if others := sorted(path.name for path in out.glob("*.safetensors") if path.name not in ours):
+        raise CheckpointError(
+            f"{out}: holds {', '.join(others)}, which this checkpoint has not; give another folder"
+        )
+    for name in (INDEX_NAME, CONFIG_NAME, PARAMS_NAME, *QUANTIZATION_FILES):
+        (out / name).unlink(missing_ok=True)
 
 
-def publish(plan: Plan, out: Path) -> list[str]:
-    """Complete the output around its shards. Returns the names of the files that were left out."""
-    checkpoint = plan.checkpoint
-    copied, left_out = side_files(checkpoint.root)
+def publish(root: Path, out: Path, copied: list[str], texts: dict[str, str]) -> None:
+    """Complete the output around its shards: files of the input, then those that are edited."""
     for relative in copied:
-        (out / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(checkpoint.root / relative, out / relative)
-    if checkpoint.config is not None:
-        config = bf16_config(checkpoint.config)
-        if not any(key in config for key in DTYPE_KEYS):
-            config["torch_dtype"] = "bfloat16"
-        write_json(out / CONFIG_NAME, config)
-    if checkpoint.index is not None:
-        write_json(out / INDEX_NAME, bf16_index(plan))
-    ours = {INDEX_NAME, *checkpoint.shards}
-    return [name for name in left_out if name not in ours]
+        target = out / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.parent.resolve().is_relative_to(out.resolve()):
+            raise CheckpointError(f"{target.parent}: is a link out of the output; remove it")
+        temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
+        shutil.copyfile(root / relative, temporary)  # and never into what the target links to
+        os.replace(temporary, target)
+    for name, text in texts.items():
+        temporary = out / (name + TEMPORARY_SUFFIX)
+        with naming(temporary), open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, out / name)
 
 
 # --- command line ---
@@ -709,8 +996,10 @@ class UsageError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Return text without control characters: a tensor's name must not steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Return text that a terminal can show and that does not steer it, whatever a tensor's name."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(text: str) -> None:
@@ -719,27 +1008,34 @@ def say(text: str) -> None:
 
 def pick_device(name: str) -> tuple[torch.device, str]:
     """Return the device that an argument names, and why it is that one. Raises UsageError."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    has_triton = importlib.util.find_spec("triton") is not None
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", name):
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    cpu, count = torch.device("cpu"), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu":
-        return torch.device("cpu"), "as asked"
+        return cpu, "as asked"
     if name == "auto" and not count:
-        return torch.device("cpu"), "torch sees no CUDA device"
-    if name == "auto" and not has_triton:
-        return torch.device("cpu"), "there is a CUDA device, but triton is not installed"
-    number = 0 if name in ("auto", "cuda") else int(name.removeprefix("cuda:"))
-    if number >= count:
-        raise UsageError(f"--device {name}: torch sees {count} CUDA devices; use --device cpu")
-    if not has_triton:
-        raise UsageError(f"--device {name}: needs triton; pip install triton, or use --device cpu")
-    return torch.device("cuda", number), torch.cuda.get_device_name(number)
+        return cpu, "torch sees no CUDA device"
+    device = torch.device("cuda", int(name[5:] or 0) if name != "auto" else 0)
+    try:
+        if device.index >= count:
+            raise UsageError(f"torch sees {count} CUDA devices")
+        weight_dequant(torch.zeros(1, 1, dtype=torch.uint8).to(device), torch.ones(1, 1).to(device))
+    except Exception as error:  # no Triton, no compiler for it, a GPU that it does not know, ...
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        if name == "auto":
+            return cpu, f"the CUDA device does not work: {problem}"
+        raise UsageError(f"--device {name}: {problem}; use --device cpu") from error
+    return device, torch.cuda.get_device_name(device)
 
 
 def check_folders(source: Path, out: Path) -> None:
-    """Raise UsageError unless input and output are apart, links followed."""
-    a, b = source.resolve(), out.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise UsageError(f"{out}: input and output must be two folders, neither inside the other")
+    """Raise UsageError unless input and output are apart, by whatever paths they are reached."""
+    for inner, outer in ((source, out), (out, source)):
+        for folder in (inner.resolve(), *inner.resolve().parents):
+            if folder == outer.resolve() or (
+                folder.exists() and outer.exists() and folder.samefile(outer)
+            ):
+                raise UsageError(f"{out}: input and output must lie apart, neither in the other")
 
 
 def main(
@@ -760,19 +1056,23 @@ def main(
     """
     began = time.perf_counter()
     source, out = Path(fp8_path), Path(bf16_path)
+    workers = min(16, max(4, 2 * (os.cpu_count() or 1))) if workers is None else workers
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: expected a positive number")
+    if missing_scale not in MISSING_SCALE:
+        raise UsageError(f"--missing-scale {missing_scale}: expected {', '.join(MISSING_SCALE)}")
     check_folders(source, out)
     chosen, why = pick_device(device)
-    workers = workers or min(16, max(4, 2 * (os.cpu_count() or 1)))
     say(f"Device: {chosen} ({why}), {workers} workers")
     plan = make_plan(load_checkpoint(source), missing_scale)
-    for tensor in plan.missing:
-        if missing_scale == "keep":
-            say(f"Warning: Missing scale_inv tensor for {tensor.name}, skipping conversion")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (INDEX_NAME, CONFIG_NAME):
-        (out / name).unlink(missing_ok=True)
+    copied, left_out = side_files(source)
+    texts = bf16_texts(plan)
+    for tensor in plan.missing if missing_scale == "keep" else ():
+        say(f"Warning: Missing scale_inv tensor for {tensor.name}, skipping conversion")
+    prepare(plan, out)
     pool = write_shards(plan, out, chosen, workers, WINDOW)
-    left_out = publish(plan, out)
+    publish(source, out, copied, texts)
+    left_out = [name for name in left_out if name not in plan.checkpoint.shards]
     report(plan, pool, left_out, missing_scale, time.perf_counter() - began)
 
 
@@ -789,6 +1089,8 @@ def report(
         say(f"{len(plan.missing)} FP8 weights without a scale were {fate}:")
         for tensor in plan.missing:
             say(f"  {tensor.name}")
+    if plan.orphans:
+        say(f"Dropped scales of no weight: {', '.join(t.name for t in plan.orphans)}")
     if nans := sum(worker.nans for worker in pool):
         say(f"{nans} NaN values, from NaN codes or scales")
     spent = {phase: sum(worker.seconds[phase] for worker in pool) for phase in PHASES}
@@ -802,18 +1104,6 @@ def report(
     )
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
-
-
-def device_name(text: str) -> str:
-    if text not in ("auto", "cpu", "cuda") and not re.fullmatch("cuda:[0-9]+", text):
-        raise argparse.ArgumentTypeError(f"{text} is none of auto, cpu, cuda, cuda:N")
-    return text
-
-
 def fail(text: str) -> int:
     print(f"error: {printable(text)}", file=sys.stderr)
     return 1
@@ -825,9 +1115,9 @@ def cli(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--input-fp8-hf-path", type=Path, required=True, metavar="IN", help="checkpoint folder")
     add("--output-bf16-hf-path", type=Path, required=True, metavar="OUT", help="folder to write to")
-    add("--device", type=device_name, default="auto", help="auto (default), cpu, cuda or cuda:N")
-    add("--workers", type=positive, metavar="N", help="threads (default: 2 per core, 4 to 16)")
-    add("--missing-scale", choices=("keep", "cast", "error"), default="keep",
+    add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    add("--workers", type=int, metavar="N", help="threads (default: 2 per core, 4 to 16)")
+    add("--missing-scale", choices=MISSING_SCALE, default="keep",
         help="FP8 weights without a scale: keep them FP8 (default), cast with scale 1, or refuse")
     options = parser.parse_args(arguments)
     try:
@@ -842,6 +1132,8 @@ def cli(arguments: list[str] | None = None) -> int:
         parser.error(printable(str(error)))
     except CheckpointError as error:
         return fail(str(error))
+    except RuntimeError as error:  # torch's, of a GPU or of memory
+        return fail(str(error).splitlines()[0])
     except OSError as error:
         return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:

@@ -13,6 +13,8 @@ Every NaN becomes 0x7FC0, so the bytes do not depend on where they were computed
 """
 
 import functools
+import itertools
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ BF16_NAN = 0x7FC0
 # Elements of CPU scratch: 6 bytes each, small enough to stay in one core's second-level cache and
 # large enough that dispatching six torch operations costs little. Half and double are slower.
 BAND = 1 << 17
+BLOCK_SIZES = (16, 32, 64, 128, 256, 1)  # seen in formats, for one axis each
 LAUNCH = threading.Lock()  # so that of several threads one compiles the kernel and the rest find it
 
 
@@ -121,6 +124,56 @@ class Grid:
             return *rows, 0, self.scale_shape[1]
         first, last = start % self.cols, (stop - 1) % self.cols
         return *rows, first // self.block_cols, last // self.block_cols + 1
+
+
+def find_grids(
+    weight_shape: tuple[int, ...],
+    scale_shape: tuple[int, ...],
+    block_sizes: list[tuple[int, int]],
+    transposed: bool = False,
+    fused: bool = False,
+) -> list[Grid]:
+    """Return the grids by which scales of one shape may cover a weight of another; one is right.
+
+    A weight is E experts of N rows and K columns; a matrix has E = 1. The first match counts: one
+    scale for all; per expert, per row or per column; one of block_sizes; a block size out of
+    BLOCK_SIZES on each axis. It is never computed from the shapes: 192 rows over 2 rows of scales
+    are blocks of 128, the second cut off, not blocks of 96. Per-row scales of a `transposed` weight
+    belong to its columns. The rows of a `fused` weight may consist of equal parts, one of each
+    tensor-parallel rank, in which blocks start anew.
+    """
+    if len(weight_shape) > 3:  # a convolution: its scales are per tensor or per row
+        weight_shape = (weight_shape[0], math.prod(weight_shape[1:]))
+    E, N, K = (1, 1, 1, *weight_shape)[-3:]
+    if math.prod(scale_shape) == 1 or not E * N * K:
+        return [Grid(E * N, K, max(E * N, 1), max(K, 1), part=max(E * N, 1))]
+    scale = scale_shape
+    if len(scale) == 4 and scale[1] == scale[3] == 1:
+        scale = (scale[0], scale[2])
+    while len(scale) > 1 and scale[0] == 1 and len(scale) > (3 if E > 1 else 2):
+        scale = scale[1:]
+    row, column, expert = (1, K), (N, 1), (N, K)
+    shapes = [((N,), row), ((N, 1), row), ((1, K), column)]
+    if E > 1:
+        shapes = [((E,), expert), ((E, 1), expert), ((E, 1, 1), expert)]
+        shapes += [((E, N), row), ((E, N, 1), row), ((E, K), column), ((E, 1, K), column)]
+        if transposed:
+            shapes = [((E, K, 1), column)]
+    if blocks := {block for shape, block in shapes if shape == scale}:
+        return [Grid(E * N, K, *block, part=N) for block in blocks]
+    if E > 1:
+        scale = scale[1:] if len(scale) == 3 and scale[0] == E else ()
+    elif len(scale) == 1:  # a flattened grid of row groups, as auto-round writes it
+        scale = (N, scale[0] // N) if not scale[0] % N else ()
+    for rows, cols in [*block_sizes, *itertools.product(BLOCK_SIZES, BLOCK_SIZES)]:
+        if (-(-N // rows), -(-K // cols)) == scale:
+            return [Grid(E * N, K, rows, cols, part=N)]
+    return [
+        Grid(N, K, rows, cols, part=N // parts)
+        for rows, cols in dict.fromkeys(block_sizes if fused and E == 1 else [])
+        for parts in range(2, N + 1)
+        if not N % parts and (parts * -(-N // parts // rows), -(-K // cols)) == scale
+    ]
 
 
 def weight_dequant(
@@ -304,7 +357,8 @@ def weight_dequant_kernel():
     import triton
     import triton.language as tl
 
-    @triton.jit
+    # What only says where a window lies would otherwise have the kernel compiled again and again.
+    @triton.jit(do_not_specialize=["M", "row", "part", "scale_rows_per_part", "stride_scale"])
     def kernel(
         codes_ptr, scales_ptr, out_ptr,
         M, N, row, col, part, scale_rows_per_part, block_rows, block_cols, stride_scale,

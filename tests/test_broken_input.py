@@ -70,10 +70,12 @@ def test_tensor_that_only_the_index_knows_is_named(source):
     assert_refused(source, TWO, "gone.weight is not there")
 
 
-@pytest.mark.parametrize("entry", ["../x.safetensors", "/x.safetensors", "a/b", "", "..", 3, "\\b"])
+@pytest.mark.parametrize(
+    "entry", ["../x.safetensors", "/x.safetensors", "a/b", "", "..", 3, "a\\b.safetensors", "w.st"]
+)
 def test_index_entry_that_is_no_plain_file_name_is_refused(source, entry):
     edit_index(source, lambda index: index["weight_map"].update({"w": entry}))
-    assert_refused(source, INDEX, "puts w into", "expected a file beside it")
+    assert_refused(source, INDEX, "puts w into", "expected a *.safetensors")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", "[" * 100000, '{"weight_map": []}', "{}", "\xff"])
@@ -99,6 +101,33 @@ def test_name_in_two_files_is_decided_by_the_index(source):
     assert load_checkpoint(source).tensors["w"].path.name == ONE
     edit_index(source, lambda index: index["weight_map"].update({"w": TWO}))
     assert load_checkpoint(source).tensors["w"].path.name == TWO
+
+
+def test_name_in_three_files_is_decided_by_the_index(tmp_path):
+    shards = {f"{i}.safetensors": {"w": torch.full((1,), i)} for i in range(3)}
+    write_checkpoint(tmp_path / "in", shards)
+    assert load_checkpoint(tmp_path / "in").tensors["w"].path.name == "2.safetensors"
+
+
+def test_dangling_links_are_not_taken_for_absence(source):
+    for name in ("config.json", INDEX):
+        (source / name).unlink(missing_ok=True)
+        (source / name).symlink_to("gone")
+        with pytest.raises(OSError, match=name):
+            main(source, source.parent / "out")
+        assert not (source.parent / "out").exists()
+
+
+def test_config_nested_too_deep_is_refused_before_writing(source):
+    (source / "config.json").write_text('{"a":' * 900 + "1" + "}" * 900)
+    assert_refused(source, "too deep")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_scale_of_a_weight_that_no_format_knows_is_refused(tmp_path, dtype):
+    tensors = {"w": torch.ones(2, 2, dtype=dtype), "w_scale_inv": torch.ones(1)}
+    write_checkpoint(tmp_path / "in", {"model.safetensors": tensors})
+    assert_refused(tmp_path / "in", "w_scale_inv", "no known format")
 
 
 def test_checkpoint_of_scales_alone_is_refused(source):

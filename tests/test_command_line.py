@@ -81,24 +81,53 @@ def test_device_auto_says_why(source, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("Device: cpu (torch sees no CUDA device), ")
 
 
-def test_cuda_device_without_triton_falls_back_to_the_cpu(monkeypatch):
+def test_cuda_device_that_does_not_work_is_not_taken(monkeypatch):
+    def broken(codes, scales):
+        raise ImportError("No module named 'triton'\nlong story")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert fp8_cast_bf16.pick_device("auto") == (
-        torch.device("cpu"),
-        "there is a CUDA device, but triton is not installed",
-    )
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
+    monkeypatch.setattr(fp8_cast_bf16, "weight_dequant", broken)
+    why = "the CUDA device does not work: No module named 'triton'"
+    assert fp8_cast_bf16.pick_device("auto") == (torch.device("cpu"), why)
+    with pytest.raises(fp8_cast_bf16.UsageError, match="No module named 'triton'; use --device"):
+        fp8_cast_bf16.pick_device("cuda")
+
+
+def test_wrong_arguments_from_python_are_named(source):
+    for wrong in ({"device": "banana"}, {"workers": -1}, {"missing_scale": "skip"}):
+        with pytest.raises(fp8_cast_bf16.UsageError, match=str(*wrong.values())):
+            fp8_cast_bf16.main(source, source.parent / "out", **wrong)
+    assert not (source.parent / "out").exists()
+
+
+def test_a_gpu_that_runs_out_of_memory_exits_1(source, capsys, monkeypatch):
+    def fail(*operands):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to")
+
+    monkeypatch.setattr(fp8_cast_bf16, "dequantize", fail)
+    assert cli(arguments(source)) == 1
+    assert capsys.readouterr().err == "error: CUDA out of memory.\n"
+    assert contents(source.parent / "out") == {}
+
+
+def test_names_print_on_a_terminal_that_knows_ascii_only(tmp_path):
+    write_checkpoint(tmp_path / "in", {"model.safetensors": {"wé": finite_codes(2, 2)}})
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [*SCRIPT, *arguments(tmp_path / "in")]
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert rb"tensor for w\xe9, skipping" in done.stdout
 
 
 @pytest.mark.parametrize(
     "more, complaint",
     [
         (["--device", "cuda:99"], "--device cuda:99: torch sees"),
-        (["--device", "tpu"], "tpu is none of auto, cpu, cuda, cuda:N"),
-        (["--device", "cuda:x"], "cuda:x is none of"),
-        (["--workers", "0"], "0 is not a positive whole number"),
-        (["--workers", "-1"], "-1 is not a positive whole number"),
+        (["--device", "tpu"], "--device tpu: expected auto, cpu, cuda or cuda:N"),
+        (["--device", "cuda:x"], "--device cuda:x: expected"),
+        (["--workers", "0"], "--workers 0: expected a positive number"),
+        (["--workers", "x"], "invalid int value"),
         (["--missing-scale", "guess"], "invalid choice"),
         (["--nonsense"], "unrecognized arguments"),
     ],
@@ -115,7 +144,7 @@ def test_output_inside_input_is_wrong_usage(source, capsys):
     with pytest.raises(SystemExit) as caught:
         cli(["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(source / "out")])
     assert caught.value.code == 2
-    assert "neither inside the other" in capsys.readouterr().err
+    assert "must lie apart" in capsys.readouterr().err
 
 
 def test_a_broken_checkpoint_exits_1_with_one_line_on_stderr(source):

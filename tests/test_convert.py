@@ -346,6 +346,51 @@ def test_links_out_of_the_checkpoint_are_left_out_and_named(tmp_path, capsys):
     assert "folder, link.txt, pipe" in capsys.readouterr().out
 
 
+def test_output_with_shards_of_another_checkpoint_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    save_file({"x": torch.ones(1)}, tmp_path / "out/other.safetensors")
+    before = contents(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"holds other\.safetensors"):
+        convert(tmp_path, {"model.safetensors": {"x": torch.ones(1)}})
+    assert contents(tmp_path / "out") == before
+
+
+def test_files_are_not_written_through_links_in_the_output(tmp_path):
+    source = write_checkpoint(tmp_path / "in", {"model.safetensors": {"x": torch.ones(1)}})
+    (source / "a.json").write_text("a")
+    (source / "deep").mkdir()
+    (source / "deep/b.json").write_text("b")
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.json").symlink_to("../mine")
+    main(source, tmp_path / "out")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "out/a.json").read_text() == "a"
+    shutil.rmtree(tmp_path / "out/deep")
+    (tmp_path / "out/deep").symlink_to("..")
+    with pytest.raises(CheckpointError, match="is a link out of the output"):
+        main(source, tmp_path / "out")
+    assert not (tmp_path / "b.json").exists()
+
+
+def test_stale_signs_of_quantization_are_removed_from_the_output(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/hf_quant_config.json").write_text("{}")
+    (tmp_path / "out/config.json").write_text("{}")
+    convert(tmp_path, {"model.safetensors": {"x": torch.ones(1)}})
+    assert set(contents(tmp_path / "out")) == {"model.safetensors", INDEX}
+
+
+def test_files_of_a_folder_inside_a_snapshot_are_copied(tmp_path):
+    blobs, folder = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/0/fp8"
+    write_checkpoint(folder, {"model.safetensors": {"x": torch.ones(1)}})
+    blobs.mkdir()
+    (blobs / "1").write_text("t")
+    (folder / "tokenizer.json").symlink_to("../../../blobs/1")
+    main(folder, tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.json").read_text() == "t"
+
+
 def test_the_demo_of_the_ancestor_works(tmp_path):
     codes = torch.randint(0, 127, (10, 10), dtype=torch.uint8)
     scale, other = torch.tensor([0.5]).bfloat16(), torch.randn(5, 5).bfloat16()
@@ -376,7 +421,7 @@ def test_input_and_output_must_be_apart(tmp_path, out):
     write_checkpoint(tmp_path / "in", {"model.safetensors": {"x": torch.ones(1)}})
     (tmp_path / "link").symlink_to("in")
     before = contents(tmp_path)
-    with pytest.raises(UsageError, match="neither inside the other"):
+    with pytest.raises(UsageError, match="must lie apart"):
         main(tmp_path / "in", tmp_path / out)
     assert contents(tmp_path) == before
 

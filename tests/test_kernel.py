@@ -138,6 +138,12 @@ def test_a_long_row_is_worked_off_in_bands(monkeypatch):
     assert_same_bits(weight_dequant(codes, scales, (1, 128)), dequantized(codes, scales, (1, 128)))
 
 
+def test_integers_times_infinity_and_nan_spoil_only_their_own_blocks():
+    codes = torch.tensor([[1, -1, 0, 127]] * 3, dtype=torch.int8)
+    scales = torch.tensor([[1.0], [torch.inf], [torch.nan]])
+    assert_same_bits(weight_dequant(codes, scales, (1, 4)), dequantized(codes, scales, (1, 4)))
+
+
 def test_every_nan_becomes_the_one_nan():
     codes = torch.tensor([[0x7F, 0xFF, 0x38]], dtype=torch.uint8)
     assert weight_dequant(codes, torch.ones(1, 1)).view(torch.int16).tolist() == [
