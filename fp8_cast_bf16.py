@@ -467,7 +467,7 @@ def comfy_formats(checkpoint: Checkpoint) -> dict[str, str]:
             if tensor.name.endswith(".comfy_quant"):
                 where = tensor.path
                 notes[tensor.name.rpartition(".")[0]] = json.loads(read_small(tensor))
-        formats = {module: note["format"] for module, note in notes.items()}
+        formats = {module: str(note["format"]) for module, note in notes.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: what ComfyUI notes there is not valid") from error
     for module, name in formats.items():
@@ -554,8 +554,8 @@ def find_second(weight: Tensor, scale: Tensor | None, tensors: dict[str, Tensor]
     if not wanted and scale.name + "_2" not in tensors:
         return None
     raise CheckpointError(
-        f"{scale.path}: {weight.name} is {weight.dtype} with scales of {scale.dtype} and "
-        f"{len(found)} second scales; expected one, of float, for NVFP4 and none for others"
+        f"{scale.path}: {weight.name} is {weight.dtype}, its scale {scale.name} {scale.dtype}, "
+        f"with {len(found)} second scales; expected one, of float, for NVFP4 and none for others"
     )
 
 

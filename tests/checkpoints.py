@@ -98,3 +98,16 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def write_raw(path: Path, tensors: dict[str, tuple[str, list[int], torch.Tensor]]) -> None:
+    """Write a shard of dtypes that torch or its writer may not know, from their bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header, data = {}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        chunk = bytes(raw.flatten().view(torch.uint8).tolist())
+        offsets = [len(data), len(data) + len(chunk)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        data += chunk
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
