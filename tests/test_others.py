@@ -111,6 +111,8 @@ def assert_loads_like(fp8, bf16):
     theirs, ours = theirs.state_dict(), ours.state_dict()
     assert set(theirs) == set(ours)
     for name, tensor in ours.items():
+        if "norm" in name:  # DeepSeek-V4's norms are widened, but not under a quantization
+            tensor = tensor.to(theirs[name].dtype)
         assert_same_bits(tensor, theirs[name])
 
 
