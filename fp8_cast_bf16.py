@@ -35,7 +35,8 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 with warnings.catch_warnings():  # torch regrets the absence of numpy, which nothing here needs
@@ -44,106 +45,83 @@ with warnings.catch_warnings():  # torch regrets the absence of numpy, which not
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from kernel import FORMATS, Grid, dequantize, find_grids, weight_dequant, widen_scales
+import kernel
+from kernel import CODECS, FLOATS, Grid
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-PARAMS_NAME = "params.json"  # Mistral's own config
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+CONFIG_NAME, PARAMS_NAME = "config.json", "params.json"  # the second is Mistral's own
 # What says in a config, at any depth, or in a shard's metadata that the weights are quantized.
-QUANTIZATION_KEYS = (
-    *("quantization_config", "compression_config", "_quantization_metadata"),
-    *("expert_dtype", "moe_quant_algo"),
-)
-DTYPE_KEYS = ("torch_dtype", "dtype")
+QUANTIZATION_KEYS = ["quantization_config", "compression_config", "_quantization_metadata"]
+QUANTIZATION_KEYS += ["expert_dtype", "moe_quant_algo"]
+DTYPE_KEYS = ["torch_dtype", "dtype"]
 # Files beside the shards: what only a quantized checkpoint needs, weights in other formats or of
 # another set, and what tools keep for themselves is not copied; everything else is.
-QUANTIZATION_FILES = ("hf_quant_config.json", "quantization_config.json")
-WEIGHT_FILES = (
-    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*"),
-    *("*.pth", "*.gguf", "*.h5", "*.msgpack"),
-)
-TOOL_FOLDERS = (".git", ".cache")
-
+QUANTIZATION_FILES = ["hf_quant_config.json", "quantization_config.json"]
+WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pth", "*.gguf"]
+WEIGHT_FILES += ["*.h5", "*.msgpack"]
+TOOL_FOLDERS = [".git", ".cache"]
 # The order in which safetensors' own writer lays out tensors: larger elements first, so that every
 # tensor is aligned to its element size. Within a dtype they stand by name.
 DTYPE_ORDER = (
-    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
-    *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8"),
-    *("F6_E3M2", "F6_E2M3", "F4", "BOOL"),
-)
+    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 "
+    "I8 U8 F6_E3M2 F6_E2M3 F4 BOOL"
+).split()
 
-# What the dtypes of a weight and of its scale say together: a key of kernel.FORMATS, and the block
-# where it is fixed. I8 and U8 with exponents, and U8 with small floats, are two FP4 codes a byte.
-FP8_DTYPES = ("F8_E4M3", "F8_E5M2", "F4")
-FLOATS, EXPONENTS = ("F32", "BF16", "F16"), ("F8_E8M0", "U8")
-CODECS = {
-    **{("F8_E4M3", scale): ("E4M3", None) for scale in FLOATS + EXPONENTS},
-    **{("F8_E5M2", scale): ("E5M2", None) for scale in FLOATS + EXPONENTS},
-    **{("U8", scale): ("E4M3", None) for scale in FLOATS},
-    **{("I8", scale): ("INT8", None) for scale in FLOATS},
-    **{(weight, scale): ("E2M1", (1, 32)) for weight in ("I8", "U8", "F4") for scale in EXPONENTS},
-    **{(weight, "F8_E4M3"): ("E2M1", (1, 16)) for weight in ("U8", "F4")},  # NVFP4
-    **{("F8_E4M3", None): ("E4M3", None), ("F8_E5M2", None): ("E5M2", None)},
-    ("F4", None): ("E2M1", None),
-}
 # What the scale of a weight is called: the weight's name without what its kind ends in, and one of
 # these endings. The first kind counts that has one. Shards of a table share their parent's.
-SCALE_NAMES = tuple(
-    (re.compile(pattern), suffixes.split())
-    for pattern, suffixes in (
-        (
-            r"(.*\.|)weight",
-            "weight_scale_inv weight_scale scale qscale_weight scale_weight weight.scale",
-        ),
-        (r"(.*\.|)weight_packed", "weight_scale"),
-        (r"(.*\.|)_weight_qdata", "_weight_scale"),
-        (r"(.*\.|)shard_\d+\.weight", "weight_scale"),
-        (r"(.*)", "_scale_inv _scales_inv _weight_scale _scale .scale"),
-    )
-)
+SCALE_NAMES = {
+    r"(.*\.|)weight": "weight_scale_inv weight_scale scale qscale_weight scale_weight weight.scale",
+    r"(.*\.|)weight_packed": "weight_scale",
+    r"(.*\.|)_weight_qdata": "_weight_scale",
+    r"(.*\.|)shard_\d+\.weight": "weight_scale",
+    r"(.*)": "_scale_inv _scales_inv _weight_scale _scale .scale",
+}
 RENAMED = re.compile(r"(^|\.)(weight_packed|_weight_qdata)$")  # to weight
 SCALE_NAME = re.compile(r".*(_scale_inv|_scales_inv|[._]scale|qscale_weight|scale_weight)|scale")
 # Of two scales that could both be meant, the one that the loader for a quant_method reads.
-SCALE_OF_METHOD = {"fp8": "_scale_inv", "mxfp8": "_scale_inv", "compressed-tensors": "weight_scale"}
-SCALE_OF_METHOD |= dict.fromkeys(("modelopt", "fbgemm_fp8", "quark"), "weight_scale")
+SCALE_OF_METHOD = {
+    **dict.fromkeys(["fp8", "mxfp8"], "_scale_inv"),
+    **dict.fromkeys(["compressed-tensors", "modelopt", "fbgemm_fp8", "quark"], "weight_scale"),
+}
 # What is of no use once the weight beside it is BF16, by the last part of its name.
 SIDE_TENSOR = re.compile(
     r"(.*_)?(input_scale|activation_scale|qscale_act|scale_input|input_scale_ub|global_scale|"
-    r"output_scale|weight_shape|comfy_quant|zero_point|zp)"
+    r"output_scale|weight_shape|comfy_quant|(?P<zero_point>zero_point|zp))"
 )
-ZERO_POINT = re.compile(r"(.*_)?(zero_point|zp)")
 # Scales of the key-value cache, and ComfyUI's mark, by the whole name.
 CACHE_SCALE = re.compile(
     r"(.*\.)?([kvq]_scale|kv_scale|prob_scale|scaled_fp8|[^.]*_fake_quantizer\.qscale_act)"
 )
 COMFY_FORMATS = {"float8_e4m3fn": "E4M3", "float8_e5m2": "E5M2"}
-# Tensors that no scale alone turns into weights: dtype (any if empty), last part of the name, what.
-REFUSED = tuple(
-    (dtypes.split(), re.compile(leaf), what)
-    for dtypes, leaf, what in (
-        ("", "pre_quant_scale", "an AWQ factor that belongs to the activations"),
-        ("", "svdquant_lora_.*", "the low-rank part of an SVDQuant weight"),
-        ("", "input_rotation", "a rotation that the loader applies at run time"),
-        ("", "qweight|qzeros", "part of a GPTQ or AWQ weight"),
-        ("I32", ".*weight_packed", "a weight of packed integers (INT4)"),
-        ("U32", "weight", "an MLX weight of packed integers"),
-        ("", "absmax|SCB|bitsandbytes__.*", "part of a bitsandbytes weight"),
-        ("", "trellis|suh|svh", "part of an EXL3 weight"),
-        ("", "bitmask|compressed", "part of a sparse weight (2:4)"),
-        ("U8", ".*_blocks", "a transposed MXFP4 weight, as in gpt-oss"),
-        ("F6_E2M3 F6_E3M2", ".*", "a 6-bit float"),
-        ("F8_E4M3FNUZ F8_E5M2FNUZ", ".*", "an FNUZ float, whose bits mean other values"),
-    )
-)
+# Tensors that no scale alone turns into weights, by dtype and the last part of the name.
+REFUSED = {
+    r"\w+ pre_quant_scale": "an AWQ factor that belongs to the activations",
+    r"\w+ svdquant_lora_.*": "the low-rank part of an SVDQuant weight",
+    r"\w+ input_rotation": "a rotation that the loader applies at run time",
+    r"\w+ (?:qweight|qzeros)": "part of a GPTQ or AWQ weight",
+    r"I32 .*weight_packed": "a weight of packed integers (INT4)",
+    r"U32 weight": "an MLX weight of packed integers",
+    r"\w+ (?:absmax|SCB|bitsandbytes__.*)": "part of a bitsandbytes weight",
+    r"\w+ (?:trellis|suh|svh)": "part of an EXL3 weight",
+    r"\w+ bitmask": "part of a sparse weight (2:4)",
+    r"U8 .*_blocks": "a transposed MXFP4 weight, as in gpt-oss",
+    r"F6_\w+ .*": "a 6-bit float",
+    r"F8_\w+FNUZ .*": "an FNUZ float, whose bits mean other values",
+}
+REFUSED_NAME = re.compile("|".join(f"({pattern})" for pattern in REFUSED))
+# The same of what a config says: which values of a key are fine.
+REFUSED_HINTS = {
+    "location": ("weight_.*", "a transform of activations at run time (transform_config)"),
+    "sparsity_structure": ("None|dense|unstructured|0:0", "2:4 sparsity (sparsity_config)"),
+}
 DEFAULT_BLOCK_SIZE = (128, 128)
 
-MISSING_SCALE = ("keep", "cast", "error")
+MISSING_SCALE = ["keep", "cast", "error"]
 PAGE = 4096  # the alignment that direct I/O asks of offsets, lengths and memory
 WINDOW = 16 << 20
 TEMPORARY_SUFFIX = ".tmp"
 OPEN_FILES = 8  # that a worker holds open: its shard and those in which scales stand
-PHASES = ("reading", "decoding", "writing")
+PHASES = ["reading", "decoding", "writing"]
 
 
 class CheckpointError(Exception):
@@ -233,10 +211,8 @@ def find_shards(root: Path, index: dict | None) -> list[str]:
             raise CheckpointError(f"{root / INDEX_NAME}: has no weight_map; download it again")
         for name, shard in weight_map.items():
             if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
-                raise CheckpointError(
-                    f"{root / INDEX_NAME}: puts {name} into {shard!r}; expected a *.safetensors "
-                    "file beside it"
-                )
+                where = f"{root / INDEX_NAME}: puts {name} into {shard!r}"
+                raise CheckpointError(f"{where}; expected a *.safetensors file beside it")
         return sorted(set(weight_map.values()))
     if (root / SINGLE_NAME).exists():
         return [SINGLE_NAME]
@@ -343,6 +319,19 @@ class Plan:
         return sum(shard.size for shard in self.shards)
 
 
+@dataclass(frozen=True)
+class Hints:
+    """What a checkpoint says of its quantization beside dtypes and shapes; they only break ties.
+
+    methods: every quant_method; block_sizes: rows and columns, the usual size last; codes: keys of
+    kernel.FORMATS that ComfyUI notes, by module.
+    """
+
+    methods: set[str]
+    block_sizes: list[tuple[int, int]]
+    codes: dict[str, str]
+
+
 def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     """Decide what becomes of every tensor.
 
@@ -352,70 +341,51 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     """
     refuse(checkpoint)
     tensors = checkpoint.tensors
-    quantizations, consumed = pair(checkpoint)
+    quantizations, consumed = pair(tensors, read_hints(checkpoint))
     missing = [tensors[name] for name, entry in quantizations.items() if entry.scale is None]
     if missing and missing_scale == "error":
         raise CheckpointError(
             f"{missing[0].path}: {missing[0].name} has no scale, one of {len(missing)} weights; "
             "--missing-scale keep leaves them FP8, cast takes their scale as 1"
         )
-    if missing_scale == "keep":
-        for tensor in missing:
-            del quantizations[tensor.name]
+    for tensor in missing if missing_scale == "keep" else ():
+        del quantizations[tensor.name]
     modules = {name.rpartition(".")[0] for name in quantizations}
     dropped, orphans, kept = [], [], {name: [] for name in checkpoint.shards}
     for tensor in tensors.values():
         if tensor.name in consumed or is_side_tensor(tensor, modules):
             dropped.append(tensor)
         elif tensor.name.endswith(("_scale_inv", "_scales_inv")) or tensor.dtype == "F8_E8M0":
-            of = tensors.get(re.sub("_scales?_inv$", "", tensor.name))
-            if of and of.dtype not in FLOATS:
-                raise CheckpointError(
-                    f"{of.path}: {of.name} is {of.dtype} and has a scale, {tensor.name}: "
-                    "no known format stores weights so"
-                )
+            weight = tensors.get(re.sub("_scales?_inv$", "", tensor.name))
+            if weight and weight.dtype not in FLOATS:
+                what = f"{weight.path}: {weight.name} is {weight.dtype} and has a scale"
+                raise CheckpointError(f"{what}, {tensor.name}: no known format stores them so")
             orphans.append(tensor)
         else:
             kept[tensor.path.name].append(tensor)
     if not any(kept.values()):
         raise CheckpointError(f"{checkpoint.root}: holds no tensors; give the checkpoint's folder")
-    shards = [
-        plan_shard(name, checkpoint.shards[name], members, quantizations)
-        for name, members in kept.items()
-        if members
-    ]
+    shards = [plan_shard(name, checkpoint.shards[name], members, quantizations)
+              for name, members in kept.items() if members]
     return Plan(checkpoint, shards, dropped + orphans, orphans, missing)
 
 
 def refuse(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for what would come out wrong however its scales were applied."""
-    for name in checkpoint.shards:
-        if re.fullmatch(r"model\d+-mp\d+\.safetensors", name):
-            raise CheckpointError(
-                f"{checkpoint.root / name}: one of the slices that tensor-parallel ranks load; "
-                "convert the checkpoint that they were made from"
-            )
+    found = [(checkpoint.root / name, "one of the slices that tensor-parallel ranks load")
+             for name in checkpoint.shards if re.fullmatch(r"model\d+-mp\d+\.safetensors", name)]
     for tensor in checkpoint.tensors.values():
-        leaf = tensor.name.rpartition(".")[2]
-        for dtypes, pattern, what in REFUSED:
-            if (not dtypes or tensor.dtype in dtypes) and pattern.fullmatch(leaf):
-                raise CheckpointError(
-                    f"{tensor.path}: {tensor.name} ({tensor.dtype}) is {what}; dequantize this "
-                    "checkpoint with the tool that made it"
-                )
-    for config in quantization_configs(checkpoint.config):
-        entries = list(walk(config))
-        locations = [value for key, value in entries if key == "location"]
-        sparse = [value for key, value in entries if key == "sparsity_structure"]
-        if not all(str(location).startswith("weight_") for location in locations):
-            what = "transform_config, which changes activations at run time"
-        elif any(structure not in (None, "dense", "unstructured", "0:0") for structure in sparse):
-            what = "sparsity_config, by which weights are stored without their zeros"
-        else:
-            continue
+        match = REFUSED_NAME.fullmatch(f"{tensor.dtype} {tensor.name.rpartition('.')[2]}")
+        if match:
+            what = list(REFUSED.values())[match.lastindex - 1]
+            found.append((tensor.path, f"{tensor.name} ({tensor.dtype}) is {what}"))
+    for key, value in walk(quantization_configs(checkpoint.config)):
+        fine, what = REFUSED_HINTS.get(key, (".*", ""))
+        if not re.fullmatch(fine, str(value), re.DOTALL):
+            found.append((checkpoint.root / CONFIG_NAME, f"{key} is {value}: {what}"))
+    for path, problem in found:
         raise CheckpointError(
-            f"{checkpoint.root / CONFIG_NAME}: has a {what}; dequantize this checkpoint with the "
-            "tool that made it"
+            f"{path}: {problem}; dequantize this checkpoint with the tool that made it"
         )
 
 
@@ -436,10 +406,9 @@ def quantization_configs(config: dict | None) -> list[dict]:
     return [v for key, v in walk(config) if key in QUANTIZATION_KEYS and isinstance(v, dict)]
 
 
-def read_hints(config: dict | None) -> tuple[set[str], list[tuple[int, int]]]:
-    """Return the quant_methods and the block sizes that a config names. They only break ties."""
+def read_hints(checkpoint: Checkpoint) -> Hints:
     methods, sizes = set(), []
-    for key, value in itertools.chain.from_iterable(map(walk, quantization_configs(config))):
+    for key, value in walk(quantization_configs(checkpoint.config)):
         match key, value:
             case "quant_method", str():
                 methods.add(value)
@@ -449,16 +418,17 @@ def read_hints(config: dict | None) -> tuple[set[str], list[tuple[int, int]]]:
                 sizes.append((int(numbers[1]), int(numbers[2])))
             case "group_size", int():
                 sizes.append((1, value))
-    return methods, [size for size in sizes if min(size) > 0] + [DEFAULT_BLOCK_SIZE]
+    sizes = [size for size in sizes if min(size) > 0] + [DEFAULT_BLOCK_SIZE]
+    return Hints(methods, sizes, comfy_codes(checkpoint))
 
 
-def comfy_formats(checkpoint: Checkpoint) -> dict[str, str]:
+def comfy_codes(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the number formats that ComfyUI notes, by module: a key of kernel.FORMATS each.
 
     A note is JSON, in a tensor of bytes beside the weight or in the metadata of a shard. Raises
     CheckpointError for formats whose scales are stored in tiles or that need more than a scale.
     """
-    notes = {}
+    notes, codes = {}, {}
     try:
         for shard, metadata in checkpoint.shards.items():
             where = checkpoint.root / shard
@@ -467,16 +437,16 @@ def comfy_formats(checkpoint: Checkpoint) -> dict[str, str]:
             if tensor.name.endswith(".comfy_quant"):
                 where = tensor.path
                 notes[tensor.name.rpartition(".")[0]] = json.loads(read_small(tensor))
-        formats = {module: str(note["format"]) for module, note in notes.items()}
+        for module, note in notes.items():
+            codes[module] = COMFY_FORMATS.get(str(note["format"]))
+            if codes[module] is None or note.get("convrot"):
+                raise CheckpointError(
+                    f"{checkpoint.root}: {module} is in ComfyUI's format {note['format']}; only "
+                    f"{' and '.join(COMFY_FORMATS)} can be undone with a scale"
+                )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: what ComfyUI notes there is not valid") from error
-    for module, name in formats.items():
-        if name not in COMFY_FORMATS or notes[module].get("convrot"):
-            raise CheckpointError(
-                f"{checkpoint.root}: {module} is in ComfyUI's format {name}; only "
-                f"{' and '.join(COMFY_FORMATS)} can be undone with a scale"
-            )
-    return {module: COMFY_FORMATS[name] for module, name in formats.items()}
+    return codes
 
 
 def read_small(tensor: Tensor) -> bytes:
@@ -485,26 +455,19 @@ def read_small(tensor: Tensor) -> bytes:
         return file.read(tensor.stop - tensor.start)
 
 
-def pair(checkpoint: Checkpoint) -> tuple[dict[str, Quantization], set[str]]:
+def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantization], set[str]]:
     """Return the quantization of every quantized weight, and the names of all their scales."""
-    tensors = checkpoint.tensors
-    methods, block_sizes = read_hints(checkpoint.config)
-    noted = comfy_formats(checkpoint)
     quantizations, consumed = {}, set()
-    candidates = [t for t in tensors.values() if (t.dtype, "F32") in CODECS or t.dtype == "F4"]
+    candidates = [t for t in tensors.values() if t.dtype in kernel.WEIGHT_DTYPES]
     # What is named like a scale comes last: it is a weight only if no weight has used it.
     for weight in sorted(candidates, key=lambda t: bool(SCALE_NAME.fullmatch(t.name))):
         if weight.name in consumed:
             continue
-        scale, others = find_scale(weight, tensors, methods)
-        if scale is None and weight.dtype not in FP8_DTYPES:
+        scale, *others = find_scales(weight, tensors, hints) or [None]
+        if scale is None and (weight.dtype, None) not in CODECS:
             continue
         second = find_second(weight, scale, tensors)
-        quantization = quantize(weight, scale, second, methods, block_sizes)
-        if weight.dtype == "U8" and weight.name.rpartition(".")[0] in noted:
-            codes = noted[weight.name.rpartition(".")[0]]
-            quantization = replace(quantization, codes=codes)
-        quantizations[weight.name] = quantization
+        quantizations[weight.name] = quantize(weight, scale, second, hints)
         consumed |= {used.name for used in (scale, second, *others) if used}
         if weight.name != output_name(weight.name) in tensors:
             raise CheckpointError(
@@ -517,54 +480,47 @@ def output_name(name: str) -> str:
     return RENAMED.sub(r"\1weight", name)
 
 
-def find_scale(
-    weight: Tensor, tensors: dict[str, Tensor], methods: set[str]
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the scale of a weight, and other scales of it that another loader would take."""
-    for pattern, endings in SCALE_NAMES:
-        match = pattern.fullmatch(weight.name)
-        names = [match[1] + ending for ending in endings] if match else []
+def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints) -> list[Tensor]:
+    """Return the scale of a weight, then other scales of it that another loader would take."""
+    for pattern, endings in SCALE_NAMES.items():
+        match = re.fullmatch(pattern, weight.name, re.DOTALL)
+        names = [match[1] + ending for ending in endings.split()] if match else []
         found = [tensors[name] for name in names if name in tensors]
         if len(found) > 1:
-            endings = tuple(SCALE_OF_METHOD[m] for m in methods if m in SCALE_OF_METHOD)
-            meant = [scale for scale in found if scale.name.endswith(endings)]
+            read = tuple(SCALE_OF_METHOD[m] for m in hints.methods if m in SCALE_OF_METHOD)
+            meant = [scale for scale in found if scale.name.endswith(read)]
             if len(meant) != 1:
-                rivals = " and ".join(scale.name for scale in found)
                 raise CheckpointError(
-                    f"{weight.path}: {weight.name} has two scales, {rivals}, and quant_method in "
-                    f"{CONFIG_NAME} does not decide; remove the one that is not meant"
+                    f"{weight.path}: {weight.name} has two scales, "
+                    f"{' and '.join(scale.name for scale in found)}, and {CONFIG_NAME} names no "
+                    "quant_method that decides; remove the one that is not meant"
                 )
             # a bare `scale` may be a parameter after all
-            others = [scale for scale in found if scale not in meant and "weight" in scale.name]
-            return meant[0], others
+            return meant + [s for s in found if s not in meant and "weight" in s.name]
         if found:
-            return found[0], []
-    return None, []
+            return found
+    return []
 
 
 def find_second(weight: Tensor, scale: Tensor | None, tensors: dict[str, Tensor]) -> Tensor | None:
     """Return the scale of an NVFP4 weight's scales: ModelOpt's factor or the other's divisor."""
     if scale is None or not scale.name.endswith("weight_scale"):
         return None
-    names = scale.name + "_2", scale.name.removesuffix("scale") + "global_scale"
-    found = [tensors[name] for name in names if name in tensors]
-    wanted = CODECS.get((weight.dtype, scale.dtype)) == CODECS["U8", "F8_E4M3"]
-    if len(found) == wanted and all(second.dtype in FLOATS for second in found):
-        return found[0] if found else None
-    if not wanted and scale.name + "_2" not in tensors:
+    factor, divisor = scale.name + "_2", scale.name.removesuffix("scale") + "global_scale"
+    found = [tensors[name] for name in (factor, divisor) if name in tensors]
+    wanted = scale.dtype == "F8_E4M3"
+    if not wanted and factor not in tensors:
         return None
-    raise CheckpointError(
-        f"{scale.path}: {weight.name} is {weight.dtype}, its scale {scale.name} {scale.dtype}, "
-        f"with {len(found)} second scales; expected one, of float, for NVFP4 and none for others"
-    )
+    if not wanted or len(found) != 1 or found[0].dtype not in FLOATS:
+        raise CheckpointError(
+            f"{scale.path}: {weight.name} is {weight.dtype}, its scale {scale.name} {scale.dtype}, "
+            f"with {len(found)} second scales; expected one of float for NVFP4, none for others"
+        )
+    return found[0]
 
 
 def quantize(
-    weight: Tensor,
-    scale: Tensor | None,
-    second: Tensor | None,
-    methods: set[str],
-    block_sizes: list[tuple[int, int]],
+    weight: Tensor, scale: Tensor | None, second: Tensor | None, hints: Hints
 ) -> Quantization:
     """Decide codec and grid of a weight. Raises CheckpointError where dtypes or shapes fit none."""
     codec = CODECS.get((weight.dtype, scale.dtype if scale else None))
@@ -573,21 +529,27 @@ def quantize(
             f"{scale.path}: {scale.name} is {scale.dtype}, its weight {weight.name} is "
             f"{weight.dtype}: no known format stores them so"
         )
-    codes, block = codec
+    codes, group = codec
     shape = weight.shape
     if codes == "E2M1" and weight.dtype != "F4":
         shape = (*shape[:-1], 2 * math.prod(shape[-1:]))
-    if block:
-        fits = scale.shape == (*shape[:-1], -(-shape[-1] // block[1])) and not shape[-1] % 2
-        rows = math.prod(shape[:-1])
-        grids = [Grid(rows, shape[-1], *block, part=max(shape[-2:-1] or (1,)))] if fits else []
+    elif weight.dtype == "U8":
+        codes = hints.codes.get(weight.name.rpartition(".")[0], codes)
+    # Llama 4's experts are stored transposed, but for the scales of one kind
+    transposed = "fbgemm_fp8" in hints.methods and weight.name.endswith("down_proj")
+    fused, scale_shape = "qkv_proj" in weight.name, scale.shape if scale else ()
+    if group is None:
+        grids = kernel.find_grids(shape, scale_shape, hints.block_sizes, transposed, fused)
+    elif scale_shape == (*shape[:-1], -(-shape[-1] // group)):
+        grids = kernel.find_grids(shape, scale_shape, [(1, group)])
     else:
-        # Llama 4's experts are stored transposed, but for the scales of one kind
-        transposed = "fbgemm_fp8" in methods and weight.name.endswith("down_proj")
-        fused = "qkv_proj" in weight.name
-        grids = find_grids(shape, scale.shape if scale else (), block_sizes, transposed, fused)
+        grids = []
     experts = grids[0].rows // grids[0].part if grids else 0
-    if len(grids) != 1 or (second and math.prod(second.shape) not in (1, experts)):
+    if (
+        len(grids) != 1
+        or (second and math.prod(second.shape) not in (1, experts))
+        or (codes == "E2M1" and shape[-1] % 2)
+    ):
         raise CheckpointError(
             f"{weight.path}: {weight.name} is {list(shape)} ({codes}), its scale {scale.name} is "
             f"{list(scale.shape)}: {'two grids fit' if len(grids) > 1 else 'no block size fits'}; "
@@ -599,48 +561,38 @@ def quantize(
 def is_side_tensor(tensor: Tensor, modules: set[str]) -> bool:
     """Return whether a tensor only serves quantization in a module whose weight becomes BF16."""
     module, _, leaf = tensor.name.rpartition(".")
-    if CACHE_SCALE.fullmatch(tensor.name):
-        return True
-    if module not in modules or not SIDE_TENSOR.fullmatch(leaf):
-        return False
-    if ZERO_POINT.fullmatch(leaf) and any(read_small(tensor)):
+    match = SIDE_TENSOR.fullmatch(leaf) if module in modules else None
+    if match and match["zero_point"] and any(read_small(tensor)):
         raise CheckpointError(
             f"{tensor.path}: {tensor.name} is not all zero; asymmetric formats are not supported"
         )
-    return True
+    return bool(match or CACHE_SCALE.fullmatch(tensor.name))
 
 
 def plan_shard(
-    name: str,
-    metadata: dict[str, str],
-    tensors: list[Tensor],
-    quantizations: dict[str, Quantization],
+    name: str, metadata: dict[str, str], tensors: list[Tensor], quantizations: dict
 ) -> Shard:
     """Lay out an output shard as safetensors.torch.save_file would, byte for byte."""
-    entries = []
+    outputs = []
     for tensor in tensors:
-        quantization = quantizations.get(tensor.name)
-        if quantization:
-            size = 2 * math.prod(quantization.shape)
-            entry = "BF16", output_name(tensor.name), quantization.shape, size
-        else:
-            entry = tensor.dtype, tensor.name, tensor.shape, tensor.stop - tensor.start
-        entries.append((*entry, tensor, quantization))
-    entries.sort(key=lambda entry: (DTYPE_ORDER.index(entry[0]), entry[1]))
+        output = tensor.dtype, tensor.name, tensor.shape, tensor.stop - tensor.start, tensor, None
+        if quantization := quantizations.get(tensor.name):
+            shape = quantization.shape
+            size = 2 * math.prod(shape)
+            output = "BF16", output_name(tensor.name), shape, size, tensor, quantization
+        outputs.append(output)
+    outputs.sort(key=lambda output: (DTYPE_ORDER.index(output[0]), output[1]))
     metadata = {key: text for key, text in metadata.items() if key not in QUANTIZATION_KEYS}
     header = {"__metadata__": dict(sorted({**metadata, "format": "pt"}.items()))}
-    offset = 0
-    for dtype, tensor_name, shape, size, *_ in entries:
-        offsets = [offset, offset + size]
-        header[tensor_name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        offset += size
+    offsets = list(itertools.accumulate((output[3] for output in outputs), initial=0))
+    for (dtype, tensor_name, shape, *_), span in zip(outputs, pairwise(offsets), strict=True):
+        header[tensor_name] = {"dtype": dtype, "shape": shape, "data_offsets": span}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    start, steps = 8 + len(text), []
-    for _, tensor_name, _, size, tensor, quantization in entries:
-        steps.append(Step(tensor_name, start, start + size, tensor, quantization))
-        start += size
-    return Shard(name, len(text).to_bytes(8, "little") + text, steps)
+    text = len(text).to_bytes(8, "little") + text
+    steps = [Step(output[1], len(text) + start, len(text) + stop, *output[4:])
+             for output, (start, stop) in zip(outputs, pairwise(offsets), strict=True)]
+    return Shard(name, text, steps)
 
 
 # --- render: the bytes [start, stop) of one planned shard ---
@@ -697,7 +649,7 @@ class Worker:
         size = (scale.stop - scale.start) // math.prod(scale.shape)
         raw = torch.empty(count * size, dtype=torch.uint8)
         self.read(scale.path, scale.start + first * size, raw)
-        return widen_scales(raw, scale.dtype)
+        return kernel.widen_scales(raw, scale.dtype)
 
     def close(self) -> None:
         for file in self.files.values():
@@ -726,7 +678,7 @@ def render(shard: Shard, start: int, stop: int, worker: Worker) -> torch.Tensor:
 def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
     """Fill `out`, uint8, with the elements [start, stop) of a weight as BF16."""
     quantization = step.quantization
-    per_byte = FORMATS[quantization.codes].codes_per_byte
+    per_byte = kernel.FORMATS[quantization.codes].codes_per_byte
     first_byte, last_byte = start // per_byte, -(-stop // per_byte)
     codes = worker.codes[: last_byte - first_byte]
     worker.read(step.source.path, step.source.start + first_byte, codes)
@@ -737,7 +689,8 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
         codes = codes.to(worker.device, non_blocking=True)
         scales = scales.to(worker.device)
         values = out if worker.stream is None else torch.empty_like(out, device=worker.device)
-        nans = dequantize(codes, scales, values, quantization.codes, quantization.grid, start)
+        codec = quantization.codes, quantization.grid, start
+        nans = kernel.dequantize(codes, scales, values, *codec)
         if values is not out:
             out.copy_(values, non_blocking=True)
         worker.nans += nans.item()  # waits for the stream, so the buffers are free again
@@ -868,16 +821,15 @@ def write_shards(
                 bar.set_description(shard.name, refresh=False)
                 bar.update(stop - start)
 
-    threads = torch.get_num_threads()
+    threads, executor = torch.get_num_threads(), ThreadPoolExecutor(workers)
     try:
-        with bar, ThreadPoolExecutor(workers) as executor:
-            try:
-                for done in as_completed([executor.submit(work, worker) for worker in pool]):
-                    done.result()
-            finally:
-                output.stopped = True
+        for done in as_completed([executor.submit(work, worker) for worker in pool]):
+            done.result()
     finally:
+        output.stopped = True
+        executor.shutdown()
         output.discard()
+        bar.close()
         torch.set_num_threads(threads)
         for worker in pool:
             worker.close()
@@ -1019,7 +971,8 @@ def pick_device(name: str) -> tuple[torch.device, str]:
     try:
         if device.index >= count:
             raise UsageError(f"torch sees {count} CUDA devices")
-        weight_dequant(torch.zeros(1, 1, dtype=torch.uint8).to(device), torch.ones(1, 1).to(device))
+        probe = torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1)
+        kernel.weight_dequant(*(tensor.to(device) for tensor in probe))
     except Exception as error:  # no Triton, no compiler for it, a GPU that it does not know, ...
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         if name == "auto":
@@ -1113,21 +1066,15 @@ def cli(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 converted, 1 impossible, 130 interrupted."""
     parser = argparse.ArgumentParser(description="Convert an FP8 checkpoint into a BF16 one.")
     add = parser.add_argument
-    add("--input-fp8-hf-path", type=Path, required=True, metavar="IN", help="checkpoint folder")
-    add("--output-bf16-hf-path", type=Path, required=True, metavar="OUT", help="folder to write to")
+    add("--input-fp8-hf-path", required=True, metavar="IN", dest="fp8_path", help="the checkpoint")
+    add("--output-bf16-hf-path", required=True, metavar="OUT", dest="bf16_path", help="new folder")
     add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     add("--workers", type=int, metavar="N", help="threads (default: 2 per core, 4 to 16)")
     add("--missing-scale", choices=MISSING_SCALE, default="keep",
         help="FP8 weights without a scale: keep them FP8 (default), cast with scale 1, or refuse")
     options = parser.parse_args(arguments)
     try:
-        main(
-            options.input_fp8_hf_path,
-            options.output_bf16_hf_path,
-            device=options.device,
-            workers=options.workers,
-            missing_scale=options.missing_scale,
-        )
+        main(**vars(options))
     except UsageError as error:
         parser.error(printable(str(error)))
     except CheckpointError as error:

@@ -82,6 +82,20 @@ SCALE_FORMATS = {
     **{"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16},
     **{"F8_E8M0": "E8M0", "U8": "E8M0", "F8_E4M3": "E4M3"},
 }
+FLOATS, EXPONENTS = ["F32", "BF16", "F16"], ["F8_E8M0", "U8"]
+# What the dtypes of a weight and of its scale (None: it has none) say together: a key of FORMATS,
+# and the columns per scale where they are fixed. I8 and U8 with exponents (MXFP4), and U8 with
+# small floats (NVFP4), hold two FP4 codes a byte.
+CODECS = {
+    **{("F8_E4M3", scale): ("E4M3", None) for scale in [*FLOATS, *EXPONENTS, None]},
+    **{("F8_E5M2", scale): ("E5M2", None) for scale in [*FLOATS, *EXPONENTS, None]},
+    **{("U8", scale): ("E4M3", None) for scale in FLOATS},
+    **{("I8", scale): ("INT8", None) for scale in FLOATS},
+    **{(weight, scale): ("E2M1", 32) for weight in ["I8", "U8", "F4"] for scale in EXPONENTS},
+    **{(weight, "F8_E4M3"): ("E2M1", 16) for weight in ["U8", "F4"]},
+    ("F4", None): ("E2M1", None),
+}
+WEIGHT_DTYPES = {weight for weight, _ in CODECS}
 
 
 @dataclass(frozen=True)

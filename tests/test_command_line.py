@@ -88,7 +88,7 @@ def test_cuda_device_that_does_not_work_is_not_taken(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
-    monkeypatch.setattr(fp8_cast_bf16, "weight_dequant", broken)
+    monkeypatch.setattr("kernel.weight_dequant", broken)
     why = "the CUDA device does not work: No module named 'triton'"
     assert fp8_cast_bf16.pick_device("auto") == (torch.device("cpu"), why)
     with pytest.raises(fp8_cast_bf16.UsageError, match="No module named 'triton'; use --device"):
@@ -106,7 +106,7 @@ def test_a_gpu_that_runs_out_of_memory_exits_1(source, capsys, monkeypatch):
     def fail(*operands):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to")
 
-    monkeypatch.setattr(fp8_cast_bf16, "dequantize", fail)
+    monkeypatch.setattr("kernel.dequantize", fail)
     assert cli(arguments(source)) == 1
     assert capsys.readouterr().err == "error: CUDA out of memory.\n"
     assert contents(source.parent / "out") == {}
