@@ -109,11 +109,6 @@ REFUSED = {
     r"F8_\w+FNUZ .*": "an FNUZ float, whose bits mean other values",
 }
 REFUSED_NAME = re.compile("|".join(f"({pattern})" for pattern in REFUSED))
-# The same of what a config says: which values of a key are fine.
-REFUSED_HINTS = {
-    "location": ("weight_.*", "a transform of activations at run time (transform_config)"),
-    "sparsity_structure": ("None|dense|unstructured|0:0", "2:4 sparsity (sparsity_config)"),
-}
 DEFAULT_BLOCK_SIZE = (128, 128)
 
 MISSING_SCALE = ["keep", "cast", "error"]
@@ -241,10 +236,9 @@ def load_checkpoint(root: Path) -> Checkpoint:
             if other is tensor:
                 continue
             if weight_map.get(tensor.name) not in names:
-                raise CheckpointError(
-                    f"{tensor.path}: {tensor.name} stands in {other.path.name} too and no index "
-                    "says which counts; remove the file that is not part of the checkpoint"
-                )
+                raise CheckpointError(f"{tensor.path}: {tensor.name} stands in {other.path.name} "
+                                      "too and no index says which counts; remove the file that "
+                                      "is not part of the checkpoint")
             if weight_map[tensor.name] == shard:
                 tensors[tensor.name] = tensor
     for name, shard in weight_map.items():
@@ -344,10 +338,9 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     quantizations, consumed = pair(tensors, read_hints(checkpoint))
     missing = [tensors[name] for name, entry in quantizations.items() if entry.scale is None]
     if missing and missing_scale == "error":
-        raise CheckpointError(
-            f"{missing[0].path}: {missing[0].name} has no scale, one of {len(missing)} weights; "
-            "--missing-scale keep leaves them FP8, cast takes their scale as 1"
-        )
+        raise CheckpointError(f"{missing[0].path}: {missing[0].name} has no scale, one of "
+                              f"{len(missing)} weights; --missing-scale keep leaves them FP8, cast "
+                              "takes their scale as 1")
     for tensor in missing if missing_scale == "keep" else ():
         del quantizations[tensor.name]
     modules = {name.rpartition(".")[0] for name in quantizations}
@@ -379,14 +372,17 @@ def refuse(checkpoint: Checkpoint) -> None:
         if match:
             what = list(REFUSED.values())[match.lastindex - 1]
             found.append((tensor.path, f"{tensor.name} ({tensor.dtype}) is {what}"))
-    for key, value in walk(quantization_configs(checkpoint.config)):
-        fine, what = REFUSED_HINTS.get(key, (".*", ""))
-        if not re.fullmatch(fine, str(value), re.DOTALL):
-            found.append((checkpoint.root / CONFIG_NAME, f"{key} is {value}: {what}"))
+    for key, value in quantization_entries(checkpoint.config):
+        if key == "location" and not str(value).startswith("weight_"):
+            what = "transform_config changes activations at run time"
+        elif key == "sparsity_structure" and value not in (None, "dense", "unstructured", "0:0"):
+            what = "sparsity_config has weights stored without their zeros"
+        else:
+            continue
+        found.append((checkpoint.root / CONFIG_NAME, what))
     for path, problem in found:
-        raise CheckpointError(
-            f"{path}: {problem}; dequantize this checkpoint with the tool that made it"
-        )
+        raise CheckpointError(f"{path}: {problem}; dequantize this checkpoint with the tool that "
+                              "made it")
 
 
 def walk(value) -> Iterator[tuple[str, object]]:
@@ -401,14 +397,14 @@ def walk(value) -> Iterator[tuple[str, object]]:
             queue += value
 
 
-def quantization_configs(config: dict | None) -> list[dict]:
-    """Return what a config says of quantization, at any depth."""
-    return [v for key, v in walk(config) if key in QUANTIZATION_KEYS and isinstance(v, dict)]
+def quantization_entries(config: dict | None) -> Iterator[tuple[str, object]]:
+    """Yield every key and value of what a config says of quantization, at any depth."""
+    return walk([value for key, value in walk(config) if key in QUANTIZATION_KEYS])
 
 
 def read_hints(checkpoint: Checkpoint) -> Hints:
     methods, sizes = set(), []
-    for key, value in walk(quantization_configs(checkpoint.config)):
+    for key, value in quantization_entries(checkpoint.config):
         match key, value:
             case "quant_method", str():
                 methods.add(value)
@@ -440,10 +436,9 @@ def comfy_codes(checkpoint: Checkpoint) -> dict[str, str]:
         for module, note in notes.items():
             codes[module] = COMFY_FORMATS.get(str(note["format"]))
             if codes[module] is None or note.get("convrot"):
-                raise CheckpointError(
-                    f"{checkpoint.root}: {module} is in ComfyUI's format {note['format']}; only "
-                    f"{' and '.join(COMFY_FORMATS)} can be undone with a scale"
-                )
+                raise CheckpointError(f"{checkpoint.root}: {module} is in ComfyUI's format "
+                                      f"{note['format']}; only {' and '.join(COMFY_FORMATS)} can "
+                                      "be undone with a scale")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: what ComfyUI notes there is not valid") from error
     return codes
@@ -470,9 +465,8 @@ def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantizati
         quantizations[weight.name] = quantize(weight, scale, second, hints)
         consumed |= {used.name for used in (scale, second, *others) if used}
         if weight.name != output_name(weight.name) in tensors:
-            raise CheckpointError(
-                f"{weight.path}: {weight.name} becomes {output_name(weight.name)}, which exists too"
-            )
+            raise CheckpointError(f"{weight.path}: {weight.name} becomes "
+                                  f"{output_name(weight.name)}, which exists too")
     return quantizations, consumed
 
 
@@ -490,11 +484,10 @@ def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints) -> lis
             read = tuple(SCALE_OF_METHOD[m] for m in hints.methods if m in SCALE_OF_METHOD)
             meant = [scale for scale in found if scale.name.endswith(read)]
             if len(meant) != 1:
-                raise CheckpointError(
-                    f"{weight.path}: {weight.name} has two scales, "
-                    f"{' and '.join(scale.name for scale in found)}, and {CONFIG_NAME} names no "
-                    "quant_method that decides; remove the one that is not meant"
-                )
+                raise CheckpointError(f"{weight.path}: {weight.name} has two scales, "
+                                      f"{' and '.join(scale.name for scale in found)}, and "
+                                      f"{CONFIG_NAME} names no quant_method that decides; remove "
+                                      "the one that is not meant")
             # a bare `scale` may be a parameter after all
             return meant + [s for s in found if s not in meant and "weight" in s.name]
         if found:
@@ -512,23 +505,19 @@ def find_second(weight: Tensor, scale: Tensor | None, tensors: dict[str, Tensor]
     if not wanted and factor not in tensors:
         return None
     if not wanted or len(found) != 1 or found[0].dtype not in FLOATS:
-        raise CheckpointError(
-            f"{scale.path}: {weight.name} is {weight.dtype}, its scale {scale.name} {scale.dtype}, "
-            f"with {len(found)} second scales; expected one of float for NVFP4, none for others"
-        )
+        raise CheckpointError(f"{scale.path}: {weight.name} is {weight.dtype}, its scale "
+                              f"{scale.name} {scale.dtype}, with {len(found)} second scales; "
+                              "expected one of float for NVFP4, none for others")
     return found[0]
 
 
-def quantize(
-    weight: Tensor, scale: Tensor | None, second: Tensor | None, hints: Hints
-) -> Quantization:
+def quantize(weight: Tensor, scale: Tensor | None, second: Tensor | None,
+             hints: Hints) -> Quantization:
     """Decide codec and grid of a weight. Raises CheckpointError where dtypes or shapes fit none."""
     codec = CODECS.get((weight.dtype, scale.dtype if scale else None))
     if codec is None:
-        raise CheckpointError(
-            f"{scale.path}: {scale.name} is {scale.dtype}, its weight {weight.name} is "
-            f"{weight.dtype}: no known format stores them so"
-        )
+        raise CheckpointError(f"{scale.path}: {scale.name} is {scale.dtype}, its weight "
+                              f"{weight.name} is {weight.dtype}: no known format stores them so")
     codes, group = codec
     shape = weight.shape
     if codes == "E2M1" and weight.dtype != "F4":
@@ -550,11 +539,10 @@ def quantize(
         or (second and math.prod(second.shape) not in (1, experts))
         or (codes == "E2M1" and shape[-1] % 2)
     ):
-        raise CheckpointError(
-            f"{weight.path}: {weight.name} is {list(shape)} ({codes}), its scale {scale.name} is "
-            f"{list(scale.shape)}: {'two grids fit' if len(grids) > 1 else 'no block size fits'}; "
-            "expected one scale per tensor, expert, row, column or block"
-        )
+        raise CheckpointError(f"{weight.path}: {weight.name} is {list(shape)} ({codes}), its scale "
+                              f"{scale.name} is {list(scale.shape)}: "
+                              f"{'two grids fit' if len(grids) > 1 else 'no block size fits'}; "
+                              "expected one scale per tensor, expert, row, column or block")
     return Quantization(codes, shape, scale, grids[0], second)
 
 
@@ -563,15 +551,13 @@ def is_side_tensor(tensor: Tensor, modules: set[str]) -> bool:
     module, _, leaf = tensor.name.rpartition(".")
     match = SIDE_TENSOR.fullmatch(leaf) if module in modules else None
     if match and match["zero_point"] and any(read_small(tensor)):
-        raise CheckpointError(
-            f"{tensor.path}: {tensor.name} is not all zero; asymmetric formats are not supported"
-        )
+        raise CheckpointError(f"{tensor.path}: {tensor.name} is not all zero; asymmetric formats "
+                              "are not supported")
     return bool(match or CACHE_SCALE.fullmatch(tensor.name))
 
 
-def plan_shard(
-    name: str, metadata: dict[str, str], tensors: list[Tensor], quantizations: dict
-) -> Shard:
+def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
+               quantizations: dict[str, Quantization]) -> Shard:
     """Lay out an output shard as safetensors.torch.save_file would, byte for byte."""
     outputs = []
     for tensor in tensors:
@@ -800,9 +786,8 @@ class Output:
             (self.root / (name + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
 
 
-def write_shards(
-    plan: Plan, root: Path, device: torch.device, workers: int, window: int
-) -> list[Worker]:
+def write_shards(plan: Plan, root: Path, device: torch.device, workers: int,
+                 window: int) -> list[Worker]:
     """Write every shard of a plan into the folder `root`; return the workers for their counts."""
     output = Output(plan, root, window)
     bar = tqdm(total=plan.size, unit="B", unit_scale=True, disable=None)
@@ -914,9 +899,8 @@ def prepare(plan: Plan, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     ours = {shard.name for shard in plan.shards}
     if others := sorted(path.name for path in out.glob("*.safetensors") if path.name not in ours):
-        raise CheckpointError(
-            f"{out}: holds {', '.join(others)}, which this checkpoint has not; give another folder"
-        )
+        raise CheckpointError(f"{out}: holds {', '.join(others)}, which this checkpoint has not; "
+                              "give another folder")
     for name in (INDEX_NAME, CONFIG_NAME, PARAMS_NAME, *QUANTIZATION_FILES):
         (out / name).unlink(missing_ok=True)
 
@@ -941,6 +925,22 @@ def publish(root: Path, out: Path, copied: list[str], texts: dict[str, str]) -> 
 
 
 # --- command line ---
+
+
+FORMATS_HELP = """
+| format                                  | weight and scale             | tested with torch and   |
+|-----------------------------------------|------------------------------|-------------------------|
+| DeepSeek-V3, Kimi-K2, Qwen3, Mistral    | F8, `_scale_inv`             | transformers 5.23       |
+| AutoFP8, ModelOpt, fbgemm, auto-round   | F8, `weight_scale`, `_scale` |                         |
+| compressed-tensors FP8                  | F8, `weight_scale`           | compressed-tensors 0.20 |
+| torchao                                 | F8 in `_weight_qdata`        |                         |
+| ComfyUI scaled, Mistral consolidated    | `scale_weight`, `qscale_...` |                         |
+| MXFP8                                   | F8, E8M0 (or U8) per 32      | compressed-tensors 0.20 |
+| DeepSeek-V4 experts, MXFP4              | FP4 pairs, E8M0 per 32       | transformers 5.23       |
+| NVFP4                                   | FP4 pairs, F8 per 16, F32    | compressed-tensors 0.20 |
+| INT8                                    | I8, floats                   |                         |
+| plain FP8 cast                          | F8, none                     |                         |
+"""
 
 
 class UsageError(ValueError):
@@ -991,14 +991,8 @@ def check_folders(source: Path, out: Path) -> None:
                 raise UsageError(f"{out}: input and output must lie apart, neither in the other")
 
 
-def main(
-    fp8_path: str | Path,
-    bf16_path: str | Path,
-    *,
-    device: str = "auto",
-    workers: int | None = None,
-    missing_scale: str = "keep",
-) -> None:
+def main(fp8_path: str | Path, bf16_path: str | Path, *, device: str = "auto",
+         workers: int | None = None, missing_scale: str = "keep") -> None:
     """Convert the FP8 checkpoint in one folder into a BF16 checkpoint in another.
 
     device: "auto", "cpu", "cuda" or "cuda:N". workers: threads, each with buffers of 1.5 windows;
@@ -1029,9 +1023,8 @@ def main(
     report(plan, pool, left_out, missing_scale, time.perf_counter() - began)
 
 
-def report(
-    plan: Plan, pool: list[Worker], left_out: list[str], missing_scale: str, seconds: float
-) -> None:
+def report(plan: Plan, pool: list[Worker], left_out: list[str], missing_scale: str,
+           seconds: float) -> None:
     """Print what was done; the last line sums it up."""
     steps = [step for shard in plan.shards for step in shard.steps]
     dequantized = sum(step.quantization is not None for step in steps)
@@ -1048,23 +1041,20 @@ def report(
         say(f"{nans} NaN values, from NaN codes or scales")
     spent = {phase: sum(worker.seconds[phase] for worker in pool) for phase in PHASES}
     read = sum(tensor.stop - tensor.start for tensor in plan.checkpoint.tensors.values())
-    say(
-        f"Converted {len(plan.shards)} shards, {len(steps)} tensors: {dequantized} dequantized, "
+    say(f"Converted {len(plan.shards)} shards, {len(steps)} tensors: {dequantized} dequantized, "
         f"{len(steps) - dequantized} copied, {len(plan.dropped)} scales dropped; "
         f"{tqdm.format_sizeof(read, 'B')} in, {tqdm.format_sizeof(plan.size, 'B')} out, "
-        f"{seconds:.1f} s, {plan.size / seconds / 1e9:.2f} GB/s, "
-        f"most of it {max(spent, key=spent.get)}"
-    )
-
-
-def fail(text: str) -> int:
-    print(f"error: {printable(text)}", file=sys.stderr)
-    return 1
+        f"{seconds:.1f} s, {plan.size / seconds / 1e9:.2f} GB/s, most of it "
+        f"{max(spent, key=spent.get)}")
 
 
 def cli(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status: 0 converted, 1 impossible, 130 interrupted."""
-    parser = argparse.ArgumentParser(description="Convert an FP8 checkpoint into a BF16 one.")
+    parser = argparse.ArgumentParser(
+        description="Convert an FP8 checkpoint into a BF16 one.",
+        epilog=FORMATS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--input-fp8-hf-path", required=True, metavar="IN", dest="fp8_path", help="the checkpoint")
     add("--output-bf16-hf-path", required=True, metavar="OUT", dest="bf16_path", help="new folder")
@@ -1077,12 +1067,12 @@ def cli(arguments: list[str] | None = None) -> int:
         main(**vars(options))
     except UsageError as error:
         parser.error(printable(str(error)))
-    except CheckpointError as error:
-        return fail(str(error))
-    except RuntimeError as error:  # torch's, of a GPU or of memory
-        return fail(str(error).splitlines()[0])
-    except OSError as error:
-        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (CheckpointError, OSError, RuntimeError) as error:  # the last is torch's, of a GPU
+        text = str(error).splitlines()[0]
+        if isinstance(error, OSError) and error.filename:
+            text = f"{error.filename}: {error.strerror}"
+        print(f"error: {printable(text)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: the output is not complete", file=sys.stderr)
         return 130

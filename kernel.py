@@ -210,10 +210,8 @@ def weight_dequant(
         raise ValueError(f"codes are on {x.device}, scales on {s.device}")
     grid = Grid(*x.shape, *block, part=max(1, x.shape[0]))
     if tuple(s.shape) != grid.scale_shape:
-        raise ValueError(
-            f"scales are {tuple(s.shape)}; blocks of {block} over codes {tuple(x.shape)} need "
-            f"{grid.scale_shape}"
-        )
+        raise ValueError(f"scales are {tuple(s.shape)}; blocks of {block} over codes "
+                         f"{tuple(x.shape)} need {grid.scale_shape}")
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     codes, scales = x.view(torch.uint8).flatten(), s.float().contiguous()
     dequantize(codes, scales, out.flatten(), FORMAT_OF_DTYPE[x.dtype], grid)

@@ -95,6 +95,14 @@ def test_cuda_device_that_does_not_work_is_not_taken(monkeypatch):
         fp8_cast_bf16.pick_device("cuda")
 
 
+def test_help_and_readme_hold_the_same_table_of_formats(capsys):
+    with pytest.raises(SystemExit):
+        cli(["--help"])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 12
+    assert "\n".join(table) in (ROOT / "README.md").read_text()
+
+
 def test_wrong_arguments_from_python_are_named(source):
     for wrong in ({"device": "banana"}, {"workers": -1}, {"missing_scale": "skip"}):
         with pytest.raises(fp8_cast_bf16.UsageError, match=str(*wrong.values())):
