@@ -373,17 +373,18 @@ def weight_dequant_kernel():
     @triton.jit(do_not_specialize=["M", "row", "part", "scale_rows_per_part", "stride_scale"])
     def kernel(
         codes_ptr, scales_ptr, out_ptr,
-        M, N, row, col, part, scale_rows_per_part, block_rows, block_cols, stride_scale,
+        M, N, row, col, stride_codes, col_codes,
+        part, scale_rows_per_part, block_rows, block_cols, stride_scale,
         EXPONENT_BITS: tl.constexpr, CODES_PER_BYTE: tl.constexpr, SHIFT: tl.constexpr,
         MASK: tl.constexpr, RESCALE: tl.constexpr, SPECIAL: tl.constexpr,
         BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_G: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
     ):
         """out[i, j] = bfloat16(decode(codes[i, j]) * scales[scale_row(i), (col + j) // block_cols])
 
-        codes: (M, N / CODES_PER_BYTE) uint8, out: (M, N) bfloat16 as int16, both row-major: the
-        rectangle at (row, col) of its part of the weight. scales: float32, the matrix from that
-        rectangle's first scale on. Grid: one program per tile of BLOCK_SIZE_M rows and BLOCK_SIZE_G
-        groups of BLOCK_SIZE_K columns. A group lies in one block: many codes, one scale.
+        codes: (M, stride_codes) uint8, out: (M, N) bfloat16 as int16, both row-major: the rectangle
+        at (row, col) of its part of the weight, col_codes bytes into a row. scales: float32, the
+        matrix from that rectangle's first scale on. Grid: one program per tile of BLOCK_SIZE_M rows
+        and BLOCK_SIZE_G groups of BLOCK_SIZE_K columns. A group lies in one block: one scale.
         """
         tiles_n = tl.cdiv(col % BLOCK_SIZE_K + N, BLOCK_SIZE_G * BLOCK_SIZE_K)
         pid_m = tl.program_id(0) // tiles_n
@@ -408,10 +409,10 @@ def weight_dequant_kernel():
         if CODES_PER_BYTE == 1:
             code = tl.load(codes_ptr + offs, mask=mask, other=0)
         else:
-            offs_b = (group * (BLOCK_SIZE_K // 2) - col // 2)[:, None]
+            offs_b = (group * (BLOCK_SIZE_K // 2) - col_codes)[:, None]
             offs_b += tl.arange(0, BLOCK_SIZE_K // 2)[None, :]
-            mask_b = mask_m & ((offs_b >= 0) & (offs_b < N // 2))[None, :, :]
-            offs_b = offs_m.to(tl.int64)[:, None, None] * (N // 2) + offs_b[None, :, :]
+            mask_b = mask_m & ((offs_b >= 0) & (offs_b < stride_codes))[None, :, :]
+            offs_b = offs_m.to(tl.int64)[:, None, None] * stride_codes + offs_b[None, :, :]
             pair = tl.load(codes_ptr + offs_b, mask=mask_b, other=0)
             code = tl.join(pair & 0xF, pair >> 4)
             code = tl.reshape(code, (BLOCK_SIZE_M, BLOCK_SIZE_G, BLOCK_SIZE_K))
@@ -452,7 +453,7 @@ def _dequantize_triton(codes, scales, out, fmt, grid, start, stop) -> torch.Tens
         with LAUNCH, torch.cuda.device_of(codes):
             weight_dequant_kernel()[(-(-M // block_size_m) * tiles_n,)](
                 codes[at // fmt.codes_per_byte :], s, bits[at:],
-                M, N, row % grid.part, col,
+                M, N, row % grid.part, col, N // fmt.codes_per_byte, col // fmt.codes_per_byte,
                 grid.part, grid.scale_rows_per_part, grid.block_rows, block_cols, scales.stride(0),
                 fmt.exponent_bits, fmt.codes_per_byte, fmt.shift,
                 fmt.mask, fmt.rescale, fmt.special,

@@ -55,7 +55,8 @@ def compiled(backend: str, arch: int | str, number_format: str, block_size_k: in
     pointers = {"codes_ptr": "*u8", "scales_ptr": "*fp32", "out_ptr": "*i16"}
     names = list(inspect.signature(function.fn).parameters)
     signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names}
-    aligned = [*pointers, "M", "N", "row", "col", "block_rows", "block_cols"]
+    aligned = [*pointers, "M", "N", "row", "col", "stride_codes", "col_codes"]
+    aligned += ["block_rows", "block_cols"]
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
     target = GPUTarget(backend, arch, 64 if backend == "hip" else 32)
     return triton.compile(ASTSource(function, signature, constants, attributes), target=target)
@@ -80,7 +81,7 @@ def test_kernel_reads_8_and_writes_16_bytes_at_a_time_or_more(number_format, blo
     assert len(stores) == 4
     assert all(".v4.b32" in line for line in stores)
     codes = [line for line in loads if "ld.global.b32" not in line]  # the others are scales
-    assert len(codes) == 2
+    assert 1 <= len(codes) <= 2
     assert all(".v4.b32" in line or ".v2.b32" in line for line in codes)
 
 
