@@ -48,7 +48,7 @@ from tqdm import tqdm
 import kernel
 from kernel import CODECS, FLOATS, Grid
 
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME, PARAMS_NAME = "config.json", "params.json"  # the second is Mistral's own
 # What says in a config, at any depth, or in a shard's metadata that the weights are quantized.
 QUANTIZATION_KEYS = ["quantization_config", "compression_config", "_quantization_metadata"]
@@ -86,30 +86,33 @@ SCALE_OF_METHOD = {
 # What is of no use once the weight beside it is BF16, by the last part of its name.
 SIDE_TENSOR = re.compile(
     r"(.*_)?(input_scale|activation_scale|qscale_act|scale_input|input_scale_ub|global_scale|"
-    r"output_scale|weight_shape|comfy_quant|(?P<zero_point>zero_point|zp))"
+    r"output_scale|weight_shape|comfy_quant|(?P<zero_point>zero_point|zp)|(?P<order>g_idx))"
 )
-# Scales of the key-value cache, and ComfyUI's mark, by the whole name.
+# Scales of the key-value cache and of activations that layers share, and ComfyUI's mark.
 CACHE_SCALE = re.compile(
-    r"(.*\.)?([kvq]_scale|kv_scale|prob_scale|scaled_fp8|[^.]*_fake_quantizer\.qscale_act)"
+    r"(.*\.)?([kvq]_scale|kv_scale|prob_scale|scaled_fp8|qscale_act)"
 )
 COMFY_FORMATS = {"float8_e4m3fn": "E4M3", "float8_e5m2": "E5M2"}
 # Tensors that no scale alone turns into weights, by dtype and the last part of the name.
 REFUSED = {
-    r"\w+ pre_quant_scale": "an AWQ factor that belongs to the activations",
-    r"\w+ svdquant_lora_.*": "the low-rank part of an SVDQuant weight",
-    r"\w+ input_rotation": "a rotation that the loader applies at run time",
+    r"\w+ (?:.*_)?pre_quant_scale": "an AWQ factor that belongs to the activations",
+    r"\w+ (?:.*_)?svdquant_lora_.*": "the low-rank part of an SVDQuant weight",
+    r"\w+ (?:.*_)?input_rotation": "a rotation that the loader applies at run time",
     r"\w+ (?:qweight|qzeros)": "part of a GPTQ or AWQ weight",
     r"I32 .*weight_packed": "a weight of packed integers (INT4)",
+    r"(?:[IU](?:16|32|64)|U8) _weight_qdata": "a torchao weight of packed integers (INT4)",
     r"U32 weight": "an MLX weight of packed integers",
     r"\w+ (?:absmax|SCB|bitsandbytes__.*)": "part of a bitsandbytes weight",
     r"\w+ (?:trellis|suh|svh)": "part of an EXL3 weight",
+    r"\w+ (?:W_q|quantized_weight_values)": "part of an HQQ or fouroversix weight",
     r"\w+ bitmask": "part of a sparse weight (2:4)",
     r"U8 .*_blocks": "a transposed MXFP4 weight, as in gpt-oss",
     r"F6_\w+ .*": "a 6-bit float",
     r"F8_\w+FNUZ .*": "an FNUZ float, whose bits mean other values",
 }
+# Those of which a tensor beside it decides, called by the second word in place of the first.
+REFUSED_WITH = {"bitmask": "compressed", "_blocks": "_scales"}
 REFUSED_NAME = re.compile("|".join(f"({pattern})" for pattern in REFUSED))
-DEFAULT_BLOCK_SIZE = (128, 128)
 
 MISSING_SCALE = ["keep", "cast", "error"]
 PAGE = 4096  # the alignment that direct I/O asks of offsets, lengths and memory
@@ -209,9 +212,9 @@ def find_shards(root: Path, index: dict | None) -> list[str]:
                 where = f"{root / INDEX_NAME}: puts {name} into {shard!r}"
                 raise CheckpointError(f"{where}; expected a *.safetensors file beside it")
         return sorted(set(weight_map.values()))
-    if (root / SINGLE_NAME).exists():
-        return [SINGLE_NAME]
     shards = sorted(path.name for path in root.glob("*.safetensors"))
+    # Mistral's repositories hold the same weights a second time, under names of their own.
+    shards = [name for name in shards if not name.startswith("consolidated")] or shards
     if not shards:
         raise CheckpointError(f"{root}: holds no *.safetensors; give the checkpoint's folder")
     return shards
@@ -226,21 +229,20 @@ def load_checkpoint(root: Path) -> Checkpoint:
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such folder; give the checkpoint's folder")
     index = read_json(root / INDEX_NAME)
-    shards, tensors = {}, {}
-    names = find_shards(root, index)
+    shards, found = {}, {}
+    for shard in find_shards(root, index):
+        shards[shard], members = read_header(root / shard)
+        for tensor in members:
+            found.setdefault(tensor.name, []).append(tensor)
     weight_map = index["weight_map"] if index else {}
-    for shard in names:
-        shards[shard], found = read_header(root / shard)
-        for tensor in found:
-            other = tensors.setdefault(tensor.name, tensor)
-            if other is tensor:
-                continue
-            if weight_map.get(tensor.name) not in names:
-                raise CheckpointError(f"{tensor.path}: {tensor.name} stands in {other.path.name} "
-                                      "too and no index says which counts; remove the file that "
-                                      "is not part of the checkpoint")
-            if weight_map[tensor.name] == shard:
-                tensors[tensor.name] = tensor
+    for name, holders in found.items():
+        if len(holders) > 1:
+            holders[:] = [t for t in holders if t.path.name == weight_map.get(name)] or holders
+        if len(holders) > 1:
+            raise CheckpointError(f"{holders[1].path}: {name} stands in {holders[0].path.name} too "
+                                  "and no index says which counts; remove the file that is not "
+                                  "part of the checkpoint")
+    tensors = {name: holders[0] for name, holders in found.items()}
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{root / shard}: {name} is not there; {INDEX_NAME} names it")
@@ -317,8 +319,8 @@ class Plan:
 class Hints:
     """What a checkpoint says of its quantization beside dtypes and shapes; they only break ties.
 
-    methods: every quant_method; block_sizes: rows and columns, the usual size last; codes: keys of
-    kernel.FORMATS that ComfyUI notes, by module.
+    methods: every quant_method; block_sizes: rows and columns; codes: keys of kernel.FORMATS that
+    ComfyUI notes, by module.
     """
 
     methods: set[str]
@@ -335,12 +337,21 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     """
     refuse(checkpoint)
     tensors = checkpoint.tensors
-    quantizations, consumed = pair(tensors, read_hints(checkpoint))
+    hints = read_hints(checkpoint)
+    quantizations, consumed = pair(tensors, hints)
+    integers = [t for t in tensors.values() if re.match("[IU](8|16|32)", t.dtype) and t.shape[1:]]
+    if hints.methods and integers and not quantizations:
+        raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: names the quant_method "
+                              f"{', '.join(sorted(hints.methods))}, but no weight is in a format "
+                              f"known here, as {integers[0].name} ({integers[0].dtype}); "
+                              "dequantize it with the tool that made it")
     missing = [tensors[name] for name, entry in quantizations.items() if entry.scale is None]
     if missing and missing_scale == "error":
         raise CheckpointError(f"{missing[0].path}: {missing[0].name} has no scale, one of "
                               f"{len(missing)} weights; --missing-scale keep leaves them FP8, cast "
                               "takes their scale as 1")
+    if missing_scale == "cast":
+        require_lone(missing, tensors)
     for tensor in missing if missing_scale == "keep" else ():
         del quantizations[tensor.name]
     modules = {name.rpartition(".")[0] for name in quantizations}
@@ -349,8 +360,8 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
         if tensor.name in consumed or is_side_tensor(tensor, modules):
             dropped.append(tensor)
         elif tensor.name.endswith(("_scale_inv", "_scales_inv")) or tensor.dtype == "F8_E8M0":
-            weight = tensors.get(re.sub("_scales?_inv$", "", tensor.name))
-            if weight and weight.dtype not in FLOATS:
+            weight = tensors.get(re.sub("_scales?_inv$", "", tensor.name), tensor)
+            if weight is not tensor and weight.dtype not in FLOATS:
                 what = f"{weight.path}: {weight.name} is {weight.dtype} and has a scale"
                 raise CheckpointError(f"{what}, {tensor.name}: no known format stores them so")
             orphans.append(tensor)
@@ -363,13 +374,25 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     return Plan(checkpoint, shards, dropped + orphans, orphans, missing)
 
 
+def require_lone(weights: list[Tensor], tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError if a weight that is to be cast has a scale under an unknown name."""
+    scales = [name for name in tensors if "scale" in name.rpartition(".")[2]]
+    for weight in weights:
+        own = weight.name + "_", weight.name + ".", weight.name.removesuffix("weight") + "scales"
+        if beside := [name for name in scales if name.startswith(own)]:
+            raise CheckpointError(f"{weight.path}: {weight.name} cannot be cast, for {beside[0]} "
+                                  "seems to be its scale, of no format known here")
+
+
 def refuse(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError for what would come out wrong however its scales were applied."""
     found = [(checkpoint.root / name, "one of the slices that tensor-parallel ranks load")
              for name in checkpoint.shards if re.fullmatch(r"model\d+-mp\d+\.safetensors", name)]
     for tensor in checkpoint.tensors.values():
         match = REFUSED_NAME.fullmatch(f"{tensor.dtype} {tensor.name.rpartition('.')[2]}")
-        if match:
+        beside = [tensor.name.removesuffix(ending) + other
+                  for ending, other in REFUSED_WITH.items() if tensor.name.endswith(ending)]
+        if match and all(name in checkpoint.tensors for name in beside):
             what = list(REFUSED.values())[match.lastindex - 1]
             found.append((tensor.path, f"{tensor.name} ({tensor.dtype}) is {what}"))
     for key, value in quantization_entries(checkpoint.config):
@@ -410,11 +433,11 @@ def read_hints(checkpoint: Checkpoint) -> Hints:
                 methods.add(value)
             case "weight_block_size" | "block_structure", [int(rows), int(cols)]:
                 sizes.append((rows, cols))
-            case "block_structure", str() if numbers := re.fullmatch(r"(\d+)x(\d+)", value):
-                sizes.append((int(numbers[1]), int(numbers[2])))
+            case "block_structure", str() if m := re.fullmatch(r"(\d{1,9})x(\d{1,9})", value):
+                sizes.append((int(m[1]), int(m[2])))
             case "group_size", int():
                 sizes.append((1, value))
-    sizes = [size for size in sizes if min(size) > 0] + [DEFAULT_BLOCK_SIZE]
+    sizes = [size for size in sizes if min(size) > 0 and max(size) < 1 << 31]
     return Hints(methods, sizes, comfy_codes(checkpoint))
 
 
@@ -452,21 +475,26 @@ def read_small(tensor: Tensor) -> bytes:
 
 def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantization], set[str]]:
     """Return the quantization of every quantized weight, and the names of all their scales."""
-    quantizations, consumed = {}, set()
+    quantizations, consumed, outputs = {}, set(), set(tensors)
     candidates = [t for t in tensors.values() if t.dtype in kernel.WEIGHT_DTYPES]
     # What is named like a scale comes last: it is a weight only if no weight has used it.
     for weight in sorted(candidates, key=lambda t: bool(SCALE_NAME.fullmatch(t.name))):
-        if weight.name in consumed:
+        module, _, leaf = weight.name.rpartition(".")
+        if (weight.name in consumed or SIDE_TENSOR.fullmatch(leaf) or leaf.endswith("_inv")
+                or CACHE_SCALE.fullmatch(weight.name)):
             continue
         scale, *others = find_scales(weight, tensors, hints) or [None]
+        name = output_name(weight.name)
         if scale is None and (weight.dtype, None) not in CODECS:
+            if name != weight.name or (weight.dtype == "U8" and module in hints.codes):
+                raise CheckpointError(f"{weight.path}: {weight.name} ({weight.dtype}) has no scale")
             continue
         second = find_second(weight, scale, tensors)
         quantizations[weight.name] = quantize(weight, scale, second, hints)
         consumed |= {used.name for used in (scale, second, *others) if used}
-        if weight.name != output_name(weight.name) in tensors:
-            raise CheckpointError(f"{weight.path}: {weight.name} becomes "
-                                  f"{output_name(weight.name)}, which exists too")
+        if name != weight.name and name in outputs:
+            raise CheckpointError(f"{weight.path}: {weight.name} becomes {name}, which exists too")
+        outputs.add(name)
     return quantizations, consumed
 
 
@@ -489,7 +517,8 @@ def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints) -> lis
                                       f"{CONFIG_NAME} names no quant_method that decides; remove "
                                       "the one that is not meant")
             # a bare `scale` may be a parameter after all
-            return meant + [s for s in found if s not in meant and "weight" in s.name]
+            others = [scale for scale in found if scale not in meant]
+            return meant + [s for s in others if "weight" in s.name.rpartition(".")[2]]
         if found:
             return found
     return []
@@ -497,12 +526,13 @@ def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints) -> lis
 
 def find_second(weight: Tensor, scale: Tensor | None, tensors: dict[str, Tensor]) -> Tensor | None:
     """Return the scale of an NVFP4 weight's scales: ModelOpt's factor or the other's divisor."""
-    if scale is None or not scale.name.endswith("weight_scale"):
+    if scale is None:
         return None
-    factor, divisor = scale.name + "_2", scale.name.removesuffix("scale") + "global_scale"
-    found = [tensors[name] for name in (factor, divisor) if name in tensors]
+    factors = {scale.name + "_2", weight.name + "_scale_2"}
+    divisor = re.sub("scale(_inv)?$", "global_scale", scale.name)
+    found = [tensors[name] for name in sorted({*factors, divisor}) if name in tensors]
     wanted = scale.dtype == "F8_E4M3"
-    if not wanted and factor not in tensors:
+    if not wanted and not factors & {second.name for second in found}:
         return None
     if not wanted or len(found) != 1 or found[0].dtype not in FLOATS:
         raise CheckpointError(f"{scale.path}: {weight.name} is {weight.dtype}, its scale "
@@ -539,8 +569,8 @@ def quantize(weight: Tensor, scale: Tensor | None, second: Tensor | None,
         or (second and math.prod(second.shape) not in (1, experts))
         or (codes == "E2M1" and shape[-1] % 2)
     ):
-        raise CheckpointError(f"{weight.path}: {weight.name} is {list(shape)} ({codes}), its scale "
-                              f"{scale.name} is {list(scale.shape)}: "
+        named = f"its scale {scale.name} is {list(scale.shape)}" if scale else "it has no scale"
+        raise CheckpointError(f"{weight.path}: {weight.name} is {list(shape)} ({codes}), {named}: "
                               f"{'two grids fit' if len(grids) > 1 else 'no block size fits'}; "
                               "expected one scale per tensor, expert, row, column or block")
     return Quantization(codes, shape, scale, grids[0], second)
@@ -553,6 +583,12 @@ def is_side_tensor(tensor: Tensor, modules: set[str]) -> bool:
     if match and match["zero_point"] and any(read_small(tensor)):
         raise CheckpointError(f"{tensor.path}: {tensor.name} is not all zero; asymmetric formats "
                               "are not supported")
+    if match and match["order"]:
+        width = 8 if tensor.dtype == "I64" else 4
+        groups = [*memoryview(read_small(tensor)).cast("q" if width == 8 else "i")]
+        if groups != sorted(groups):
+            raise CheckpointError(f"{tensor.path}: {tensor.name} reorders the groups of columns; "
+                                  "that is not supported")
     return bool(match or CACHE_SCALE.fullmatch(tensor.name))
 
 
@@ -873,11 +909,12 @@ def bf16_texts(plan: Plan) -> dict[str, str]:
     values = {}
     params, config, index = plan.checkpoint.params, plan.checkpoint.config, plan.checkpoint.index
     if params is not None:
-        values[PARAMS_NAME] = {key: v for key, v in params.items() if key != "quantization"}
+        unwanted = ["quantization", *QUANTIZATION_KEYS]
+        values[PARAMS_NAME] = {key: v for key, v in params.items() if key not in unwanted}
     try:
         if config is not None:
             values[CONFIG_NAME] = bf16_config(config)
-            if not any(key in config for key in DTYPE_KEYS):
+            if not any(config.get(key) for key in DTYPE_KEYS):
                 values[CONFIG_NAME]["torch_dtype"] = "bfloat16"
         if index is not None:
             steps = [(step, shard.name) for shard in plan.shards for step in shard.steps]

@@ -179,14 +179,16 @@ def find_grids(
         scale = scale[1:] if len(scale) == 3 and scale[0] == E else ()
     elif len(scale) == 1:  # a flattened grid of row groups, as auto-round writes it
         scale = (N, scale[0] // N) if not scale[0] % N else ()
-    for rows, cols in [*block_sizes, *itertools.product(BLOCK_SIZES, BLOCK_SIZES)]:
-        if (-(-N // rows), -(-K // cols)) == scale:
-            return [Grid(E * N, K, rows, cols, part=N)]
+    for sizes in block_sizes, itertools.product(BLOCK_SIZES, BLOCK_SIZES):
+        fitting = [size for size in sizes if (-(-N // size[0]), -(-K // size[1])) == scale]
+        if blocks := {(min(rows, N), min(cols, K)) for rows, cols in fitting}:
+            return [Grid(E * N, K, *block, part=N) for block in blocks]
     return [
         Grid(N, K, rows, cols, part=N // parts)
-        for rows, cols in dict.fromkeys(block_sizes if fused and E == 1 else [])
+        for rows, cols in dict.fromkeys(block_sizes or [(128, 128)])
         for parts in range(2, N + 1)
-        if not N % parts and (parts * -(-N // parts // rows), -(-K // cols)) == scale
+        if fused and E == 1 and not N % parts
+        if (parts * -(-N // parts // rows), -(-K // cols)) == scale
     ]
 
 

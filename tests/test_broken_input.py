@@ -109,6 +109,13 @@ def test_name_in_three_files_is_decided_by_the_index(tmp_path):
     assert load_checkpoint(tmp_path / "in").tensors["w"].path.name == "2.safetensors"
 
 
+def test_name_in_two_files_of_which_the_index_names_neither_is_refused(tmp_path):
+    shards = {f"{i}.safetensors": {"w": torch.ones(1), f"k{i}": torch.ones(1)} for i in range(2)}
+    write_checkpoint(tmp_path / "in", {**shards, "c.safetensors": {"x": torch.ones(1)}})
+    edit_index(tmp_path / "in", lambda index: index["weight_map"].update({"w": "c.safetensors"}))
+    assert_refused(tmp_path / "in", "w stands in 0.safetensors too")
+
+
 def test_dangling_links_are_not_taken_for_absence(source):
     for name in ("config.json", INDEX):
         (source / name).unlink(missing_ok=True)

@@ -484,6 +484,12 @@ def assert_refused(tmp_path, tensors, *complaints, config=None, name="model.safe
         ("l.weight.absmax", torch.float32, "bitsandbytes"),
         ("l.weight.quant_state.bitsandbytes__nf4", torch.uint8, "bitsandbytes"),
         ("l.SCB", torch.float32, "bitsandbytes"),
+        ("experts.down_proj_pre_quant_scale", torch.bfloat16, "AWQ"),
+        ("e.gate_up_proj_svdquant_lora_a", torch.bfloat16, "SVDQuant"),
+        ("l._weight_qdata", torch.int32, "torchao"),
+        ("l._weight_qdata", torch.uint8, "torchao"),
+        ("l.W_q", torch.uint8, "HQQ"),
+        ("l.quantized_weight_values", torch.uint8, "fouroversix"),
         ("l.trellis", torch.int16, "EXL3"),
         ("l.weight.bitmask", torch.uint8, "sparse"),
         ("e.gate_up_proj_blocks", torch.uint8, "gpt-oss"),
@@ -491,6 +497,11 @@ def assert_refused(tmp_path, tensors, *complaints, config=None, name="model.safe
 )
 def test_what_a_scale_does_not_undo_is_refused_by_name(tmp_path, name, dtype, what):
     tensors = {name: torch.zeros(4, 4).to(dtype)}
+    if name.endswith(("bitmask", "_blocks")):  # by itself it may be anything
+        convert(tmp_path / "alone", tensors, tensors)
+        beside = {"bitmask": "compressed", "_blocks": "_scales"}
+        ending = next(ending for ending in beside if name.endswith(ending))
+        tensors[name.removesuffix(ending) + beside[ending]] = torch.zeros(1)
     assert_refused(tmp_path, tensors, f"model.safetensors: {name} (", what, "with the tool")
 
 
@@ -595,6 +606,118 @@ def test_packed_and_plain_weight_of_one_name_are_refused(tmp_path):
     tensors = {"w.weight_packed": packed(4, 16), "w.weight_scale": exponents(4, 1)}
     tensors["w.weight"] = torch.ones(4, 32)
     assert_refused(tmp_path, tensors, "w.weight_packed becomes w.weight, which exists too")
+
+
+@pytest.mark.parametrize("scale, second", [
+    ("w.weight_scale", "w.weight_scale_2"),
+    ("w.weight_scale_inv", "w.weight_scale_2"),
+    ("w.scale", "w.scale_2"),
+])
+def test_nvfp4_finds_its_second_scale_by_every_name(tmp_path, scale, second):
+    factor = torch.tensor(0.37)
+    codes, small, values = nvfp4(factor, divide=False)
+    tensors = {"w.weight": codes, scale: small, second: factor}
+    convert(tmp_path, tensors, {"w.weight": values})
+
+
+@pytest.mark.parametrize("scale", ["w.weight_scale", "w.weight_scale_inv", "w.scale"])
+def test_nvfp4_without_its_second_scale_is_refused_by_every_name(tmp_path, scale):
+    tensors = {"w.weight": packed(4, 8), scale: finite_codes(4, 1)}
+    assert_refused(tmp_path, tensors, scale, "0 second scales")
+
+
+@pytest.mark.parametrize("order, fine", [([0] * 4 + [1] * 4, True), ([1, 0] * 4, False)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_reordered_groups_are_refused(tmp_path, order, fine, dtype):
+    codes, scale = finite_codes(5, 8), rand(5, 2)
+    tensors = {"w.weight": codes, "w.weight_scale": scale}
+    tensors["w.weight_g_idx"] = torch.tensor(order, dtype=dtype)
+    config = ct_config(strategy="group", group_size=4)
+    if fine:
+        convert(tmp_path, tensors, {"w.weight": dequantized(codes, scale, (1, 4))}, config)
+    else:
+        assert_refused(tmp_path, tensors, "w.weight_g_idx reorders", config=config)
+
+
+def test_side_tensors_in_fp8_are_not_weights_without_a_scale(tmp_path):
+    codes, scale = finite_codes(5, 8), rand()
+    tensors = {"w.weight": codes, "w.scale_weight": scale, "scaled_fp8": finite_codes(2)}
+    tensors["w.input_zero_point"] = torch.zeros(1).to(torch.float8_e4m3fn)
+    expected = {"w.weight": dequantized(codes, scale.view(1, 1), (5, 8))}
+    convert(tmp_path, tensors, expected, missing_scale="error")
+
+
+def test_two_weights_that_would_get_one_name_are_refused(tmp_path):
+    tensors = {"w.weight_packed": packed(4, 16), "w.weight_scale": exponents(4, 1)}
+    tensors |= {"w._weight_qdata": finite_codes(4, 16), "w._weight_scale": rand(4, 1)}
+    assert_refused(tmp_path, tensors, "becomes w.weight, which exists too")
+
+
+@pytest.mark.parametrize("name", ["l.weight_packed", "l.weight"])
+def test_packed_or_noted_bytes_without_a_scale_are_refused(tmp_path, name):
+    tensors = {name: packed(4, 16), "l.comfy_quant": note(format="float8_e4m3fn")}
+    assert_refused(tmp_path, tensors, f"{name} (U8) has no scale")
+
+
+def test_quantization_of_no_known_kind_is_refused(tmp_path):
+    config = {"quantization_config": {"quant_method": "mystery"}}
+    complaints = "quant_method mystery", "l.blob (U8)"
+    assert_refused(tmp_path, {"l.blob": packed(4, 4)}, *complaints, config=config)
+
+
+def test_config_that_outlived_its_quantization_is_cleaned(tmp_path):
+    config = {"quantization_config": {"quant_method": "fp8"}, "torch_dtype": None}
+    tensors = {"w.weight": rand(3, 3, dtype=torch.bfloat16)}
+    convert(tmp_path, tensors, tensors, config)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"torch_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("scale", ["a.weight_scales", "a.scales", "a.weight._scale"])
+def test_weight_with_a_scale_of_unknown_name_is_not_cast(tmp_path, scale):
+    tensors = {"a.weight": finite_codes(4, 4), scale: rand(4, 1)}
+    write_checkpoint(tmp_path / "in", {"model.safetensors": tensors})
+    with pytest.raises(CheckpointError, match=f"a.weight cannot be cast, for {scale}"):
+        main(tmp_path / "in", tmp_path / "out", missing_scale="cast")
+    assert not (tmp_path / "out").exists()
+
+
+def test_grid_that_two_block_sizes_of_the_config_fit_is_refused(tmp_path):
+    tensors = {"w.weight": finite_codes(192, 128), "w.weight_scale": rand(2, 1)}
+    config = {
+        "text_config": {"quantization_config": {"weight_block_size": [96, 128]}},
+        "quantization_config": {"weight_block_size": [128, 128]},
+    }
+    assert_refused(tmp_path, tensors, "two grids fit", config=config)
+
+
+@pytest.mark.parametrize("size", ["1" * 5000 + "x1", [10**30, 128], [0, 0], [True], "x", None, {}])
+def test_block_sizes_that_cannot_be_meant_are_ignored(tmp_path, size):
+    codes, scale = finite_codes(200, 100), rand(2, 1)
+    config = {"quantization_config": {"weight_block_size": size, "block_structure": size}}
+    tensors = {"w.weight": codes, "w.weight_scale_inv": scale}
+    convert(tmp_path, tensors, {"w.weight": dequantized(codes, scale)}, config)
+
+
+def test_exponents_of_a_plain_weight_are_dropped_and_reported(tmp_path, capsys):
+    tensors = {"a.weight": rand(3, 3), "a.scale": exponents(1, 1, dtype=E8M0)}
+    convert(tmp_path, tensors, {"a.weight": tensors["a.weight"]})
+    assert "Dropped scales of no weight: a.scale" in capsys.readouterr().out
+
+
+def test_parameter_beside_a_rival_scale_is_kept_whatever_its_modules_are_called(tmp_path):
+    codes, scale, parameter = finite_codes(4, 4), rand(1, 1), rand(4)
+    name = "weight_net.l."
+    tensors = {f"{name}weight": codes, f"{name}weight_scale": scale, f"{name}scale": parameter}
+    expected = {f"{name}weight": dequantized(codes, scale, (4, 4)), f"{name}scale": parameter}
+    config = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    convert(tmp_path, tensors, expected, config)
+
+
+def test_odd_packed_width_is_refused(tmp_path):
+    raw = {"w": ("F4", [2, 3], torch.zeros(3, dtype=PACKED))}
+    write_raw(tmp_path / "in/model.safetensors", raw)
+    with pytest.raises(CheckpointError, match=r"w is \[2, 3\] \(E2M1\), it has no scale"):
+        main(tmp_path / "in", tmp_path / "out")
 
 
 def test_gguf_and_bin_checkpoints_are_refused(tmp_path):
