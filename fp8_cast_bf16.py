@@ -324,7 +324,7 @@ class Hints:
     """
 
     methods: set[str]
-    block_sizes: list[tuple[int, int]]
+    block_sizes: tuple[tuple[int, int], ...]
     codes: dict[str, str]
 
 
@@ -336,8 +336,7 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     nothing is read but zero points and ComfyUI's notes.
     """
     refuse(checkpoint)
-    tensors = checkpoint.tensors
-    hints = read_hints(checkpoint)
+    tensors, hints = checkpoint.tensors, read_hints(checkpoint)
     quantizations, consumed = pair(tensors, hints)
     integers = [t for t in tensors.values() if re.match("[IU](8|16|32)", t.dtype) and t.shape[1:]]
     if hints.methods and integers and not quantizations:
@@ -345,15 +344,7 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
                               f"{', '.join(sorted(hints.methods))}, but no weight is in a format "
                               f"known here, as {integers[0].name} ({integers[0].dtype}); "
                               "dequantize it with the tool that made it")
-    missing = [tensors[name] for name, entry in quantizations.items() if entry.scale is None]
-    if missing and missing_scale == "error":
-        raise CheckpointError(f"{missing[0].path}: {missing[0].name} has no scale, one of "
-                              f"{len(missing)} weights; --missing-scale keep leaves them FP8, cast "
-                              "takes their scale as 1")
-    if missing_scale == "cast":
-        require_lone(missing, tensors)
-    for tensor in missing if missing_scale == "keep" else ():
-        del quantizations[tensor.name]
+    missing = settle_missing(quantizations, tensors, missing_scale)
     modules = {name.rpartition(".")[0] for name in quantizations}
     dropped, orphans, kept = [], [], {name: [] for name in checkpoint.shards}
     for tensor in tensors.values():
@@ -374,14 +365,25 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     return Plan(checkpoint, shards, dropped + orphans, orphans, missing)
 
 
-def require_lone(weights: list[Tensor], tensors: dict[str, Tensor]) -> None:
-    """Raise CheckpointError if a weight that is to be cast has a scale under an unknown name."""
+def settle_missing(quantizations: dict[str, Quantization], tensors: dict[str, Tensor],
+                   missing_scale: str) -> list[Tensor]:
+    """Return the FP8 weights without a scale, and strike out those that are kept as they are."""
+    missing = [tensors[name] for name, entry in quantizations.items() if entry.scale is None]
     scales = [name for name in tensors if "scale" in name.rpartition(".")[2]]
-    for weight in weights:
-        own = weight.name + "_", weight.name + ".", weight.name.removesuffix("weight") + "scales"
-        if beside := [name for name in scales if name.startswith(own)]:
-            raise CheckpointError(f"{weight.path}: {weight.name} cannot be cast, for {beside[0]} "
-                                  "seems to be its scale, of no format known here")
+    for weight in missing:
+        if missing_scale == "keep":
+            del quantizations[weight.name]
+        elif missing_scale == "error":
+            raise CheckpointError(f"{weight.path}: {weight.name} has no scale, one of "
+                                  f"{len(missing)} weights; --missing-scale keep leaves them FP8, "
+                                  "cast takes their scale as 1")
+        else:
+            name = weight.name
+            own = name + "_", name + ".", name.removesuffix("weight") + "scales"
+            if beside := [scale for scale in scales if scale.startswith(own)]:
+                raise CheckpointError(f"{weight.path}: {weight.name} cannot be cast, for "
+                                      f"{beside[0]} seems to be its scale, of no known format")
+    return missing
 
 
 def refuse(checkpoint: Checkpoint) -> None:
@@ -390,8 +392,8 @@ def refuse(checkpoint: Checkpoint) -> None:
              for name in checkpoint.shards if re.fullmatch(r"model\d+-mp\d+\.safetensors", name)]
     for tensor in checkpoint.tensors.values():
         match = REFUSED_NAME.fullmatch(f"{tensor.dtype} {tensor.name.rpartition('.')[2]}")
-        beside = [tensor.name.removesuffix(ending) + other
-                  for ending, other in REFUSED_WITH.items() if tensor.name.endswith(ending)]
+        beside = [tensor.name.removesuffix(ending) + other for ending, other in REFUSED_WITH.items()
+                  if match and tensor.name.endswith(ending)]
         if match and all(name in checkpoint.tensors for name in beside):
             what = list(REFUSED.values())[match.lastindex - 1]
             found.append((tensor.path, f"{tensor.name} ({tensor.dtype}) is {what}"))
@@ -437,7 +439,7 @@ def read_hints(checkpoint: Checkpoint) -> Hints:
                 sizes.append((int(m[1]), int(m[2])))
             case "group_size", int():
                 sizes.append((1, value))
-    sizes = [size for size in sizes if min(size) > 0 and max(size) < 1 << 31]
+    sizes = tuple(size for size in sizes if min(size) > 0 and max(size) < 1 << 31)
     return Hints(methods, sizes, comfy_codes(checkpoint))
 
 
@@ -526,13 +528,12 @@ def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints) -> lis
 
 def find_second(weight: Tensor, scale: Tensor | None, tensors: dict[str, Tensor]) -> Tensor | None:
     """Return the scale of an NVFP4 weight's scales: ModelOpt's factor or the other's divisor."""
-    if scale is None:
-        return None
-    factors = {scale.name + "_2", weight.name + "_scale_2"}
-    divisor = re.sub("scale(_inv)?$", "global_scale", scale.name)
-    found = [tensors[name] for name in sorted({*factors, divisor}) if name in tensors]
-    wanted = scale.dtype == "F8_E4M3"
-    if not wanted and not factors & {second.name for second in found}:
+    names = {scale.name + "_2", weight.name + "_scale_2"} if scale else set()
+    wanted = scale and scale.dtype == "F8_E4M3"
+    if wanted:
+        names.add(re.sub("scale(_inv)?$", "global_scale", scale.name))
+    found = [tensors[name] for name in names if name in tensors]
+    if not wanted and not found:
         return None
     if not wanted or len(found) != 1 or found[0].dtype not in FLOATS:
         raise CheckpointError(f"{scale.path}: {weight.name} is {weight.dtype}, its scale "
@@ -560,7 +561,7 @@ def quantize(weight: Tensor, scale: Tensor | None, second: Tensor | None,
     if group is None:
         grids = kernel.find_grids(shape, scale_shape, hints.block_sizes, transposed, fused)
     elif scale_shape == (*shape[:-1], -(-shape[-1] // group)):
-        grids = kernel.find_grids(shape, scale_shape, [(1, group)])
+        grids = kernel.find_grids(shape, scale_shape, ((1, group),))
     else:
         grids = []
     experts = grids[0].rows // grids[0].part if grids else 0

@@ -140,10 +140,11 @@ class Grid:
         return *rows, first // self.block_cols, last // self.block_cols + 1
 
 
+@functools.cache  # thousands of experts have the same shapes
 def find_grids(
     weight_shape: tuple[int, ...],
     scale_shape: tuple[int, ...],
-    block_sizes: list[tuple[int, int]],
+    block_sizes: tuple[tuple[int, int], ...],
     transposed: bool = False,
     fused: bool = False,
 ) -> list[Grid]:
@@ -183,12 +184,15 @@ def find_grids(
         fitting = [size for size in sizes if (-(-N // size[0]), -(-K // size[1])) == scale]
         if blocks := {(min(rows, N), min(cols, K)) for rows, cols in fitting}:
             return [Grid(E * N, K, *block, part=N) for block in blocks]
+    return _fused_grids(N, K, scale, block_sizes or ((128, 128),)) if fused and E == 1 else []
+
+
+def _fused_grids(N, K, scale, block_sizes) -> list[Grid]:
     return [
         Grid(N, K, rows, cols, part=N // parts)
-        for rows, cols in dict.fromkeys(block_sizes or [(128, 128)])
+        for rows, cols in dict.fromkeys(block_sizes)
         for parts in range(2, N + 1)
-        if fused and E == 1 and not N % parts
-        if (parts * -(-N // parts // rows), -(-K // cols)) == scale
+        if not N % parts and (parts * -(-N // parts // rows), -(-K // cols)) == scale
     ]
 
 
