@@ -89,9 +89,7 @@ SIDE_TENSOR = re.compile(
     r"output_scale|weight_shape|comfy_quant|(?P<zero_point>zero_point|zp)|(?P<order>g_idx))"
 )
 # Scales of the key-value cache and of activations that layers share, and ComfyUI's mark.
-CACHE_SCALE = re.compile(
-    r"(.*\.)?([kvq]_scale|kv_scale|prob_scale|scaled_fp8|qscale_act)"
-)
+CACHE_SCALE = re.compile(r"(.*\.)?([kvq]_scale|kv_scale|prob_scale|scaled_fp8|qscale_act)")
 COMFY_FORMATS = {"float8_e4m3fn": "E4M3", "float8_e5m2": "E5M2"}
 # Tensors that no scale alone turns into weights, by dtype and the last part of the name.
 REFUSED = {
@@ -110,7 +108,7 @@ REFUSED = {
     r"F6_\w+ .*": "a 6-bit float",
     r"F8_\w+FNUZ .*": "an FNUZ float, whose bits mean other values",
 }
-# Those of which a tensor beside it decides, called by the second word in place of the first.
+# Refused only beside a tensor whose name ends in the second word in place of the first.
 REFUSED_WITH = {"bitmask": "compressed", "_blocks": "_scales"}
 REFUSED_NAME = re.compile("|".join(f"({pattern})" for pattern in REFUSED))
 
