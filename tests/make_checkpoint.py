@@ -4,17 +4,18 @@
 
 Weights are float8_e4m3fn with one float32 scale per 128x128 block, ragged at both edges as in
 kv_a_proj_with_mqa (576 rows, a multiple of 64 only); norms, embedding and router bias are not
-quantized. Uses torch and safetensors alone.
+quantized. Uses torch alone: safetensors' own writer would ask for numpy.
 """
 
 import argparse
+import ctypes
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -54,6 +55,24 @@ def layer_tensors(
     yield f"{prefix}mlp.gate.e_score_correction_bias", torch.randn(2, generator=generator)
 
 
+def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file: the header's length, the header, the tensors' bytes."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in ordered:
+        end = offset + tensor.numel() * tensor.element_size()
+        entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**entry, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            size = tensor.numel() * tensor.element_size()
+            file.write(ctypes.string_at(tensor.data_ptr(), size))
+
+
 def make_checkpoint(out: Path, size: int, shards: int) -> None:
     """Write a checkpoint of about `size` bytes in `shards` files with index and config."""
     out.mkdir(parents=True, exist_ok=True)
@@ -70,7 +89,7 @@ def make_checkpoint(out: Path, size: int, shards: int) -> None:
             made = dict(layer_tensors(layer, hidden, generator))
             held += sum(t.numel() * t.element_size() for t in made.values())
             tensors |= made
-        save_file(tensors, out / name, metadata={"format": "pt"})
+        save_file(tensors, out / name)
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -292,6 +292,17 @@ def test_progress_goes_to_a_terminal_only(source):
     assert b"B/s]" in seen
 
 
+def test_the_demo_is_made_without_numpy(tmp_path):
+    code = (
+        "import runpy, sys; sys.modules['numpy'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    maker = ROOT / "tests/make_checkpoint.py"
+    command = [sys.executable, "-c", code, maker, tmp_path / "demo", "--size", "1M"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert len(load_checkpoint(tmp_path / "demo")) > 40
+
+
 def test_the_demo_checkpoint_converts_with_ragged_blocks(tmp_path):
     make_checkpoint(tmp_path / "in", 10**6, 2)
     assert cli(arguments(tmp_path / "in")) == 0
