@@ -10,10 +10,13 @@ quantized. Uses torch alone: safetensors' own writer would ask for numpy.
 import argparse
 import ctypes
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
+with warnings.catch_warnings():  # torch regrets the absence of numpy, which nothing here needs
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    import torch
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9}

@@ -299,7 +299,7 @@ def test_the_demo_is_made_without_numpy(tmp_path):
     )
     maker = ROOT / "tests/make_checkpoint.py"
     command = [sys.executable, "-c", code, maker, tmp_path / "demo", "--size", "1M"]
-    subprocess.run(command, check=True, capture_output=True)
+    assert subprocess.run(command, check=True, capture_output=True).stderr == b""
     assert len(load_checkpoint(tmp_path / "demo")) > 40
 
 
