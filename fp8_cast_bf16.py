@@ -76,6 +76,7 @@ SCALE_NAMES = {
     r"(.*\.|)shard_\d+\.weight": "weight_scale",
     r"(.*)": "_scale_inv _scales_inv _weight_scale _scale .scale",
 }
+ORPHAN_ENDINGS = "_scale_inv", "_scales_inv"  # dropped even without a weight: no loader knows them
 RENAMED = re.compile(r"(^|\.)(weight_packed|_weight_qdata)$")  # to weight
 SCALE_NAME = re.compile(r".*(_scale_inv|_scales_inv|[._]scale|qscale_weight|scale_weight)|scale")
 # Of two scales that could both be meant, the one that the loader for a quant_method reads.
@@ -343,12 +344,13 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
                               f"known here, as {integers[0].name} ({integers[0].dtype}); "
                               "dequantize it with the tool that made it")
     missing = settle_missing(quantizations, tensors, missing_scale)
+    settled = {*quantizations, *(tensor.name for tensor in missing)}
     modules = {name.rpartition(".")[0] for name in quantizations}
     dropped, orphans, kept = [], [], {name: [] for name in checkpoint.shards}
     for tensor in tensors.values():
         if tensor.name in consumed or is_side_tensor(tensor, modules):
             dropped.append(tensor)
-        elif tensor.name.endswith(("_scale_inv", "_scales_inv")) or tensor.dtype == "F8_E8M0":
+        elif tensor.name.endswith(ORPHAN_ENDINGS) or tensor.dtype == "F8_E8M0":
             weight = tensors.get(re.sub("_scales?_inv$", "", tensor.name), tensor)
             if weight is not tensor and weight.dtype not in FLOATS:
                 what = f"{weight.path}: {weight.name} is {weight.dtype} and has a scale"
@@ -356,6 +358,9 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
             orphans.append(tensor)
         else:
             kept[tensor.path.name].append(tensor)
+            if (tensor.dtype, None) in CODECS and tensor.name not in settled:
+                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}, but named "
+                                      "like what serves a quantized weight, and there is none")
     if not any(kept.values()):
         raise CheckpointError(f"{checkpoint.root}: holds no tensors; give the checkpoint's folder")
     shards = [plan_shard(name, checkpoint.shards[name], members, quantizations)
@@ -480,8 +485,8 @@ def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantizati
     # What is named like a scale comes last: it is a weight only if no weight has used it.
     for weight in sorted(candidates, key=lambda t: bool(SCALE_NAME.fullmatch(t.name))):
         module, _, leaf = weight.name.rpartition(".")
-        if (weight.name in consumed or SIDE_TENSOR.fullmatch(leaf) or leaf.endswith("_inv")
-                or CACHE_SCALE.fullmatch(weight.name)):
+        if (weight.name in consumed or SIDE_TENSOR.fullmatch(leaf)
+                or leaf.endswith(ORPHAN_ENDINGS) or CACHE_SCALE.fullmatch(weight.name)):
             continue
         scale, *others = find_scales(weight, tensors, hints) or [None]
         name = output_name(weight.name)
@@ -583,8 +588,8 @@ def is_side_tensor(tensor: Tensor, modules: set[str]) -> bool:
         raise CheckpointError(f"{tensor.path}: {tensor.name} is not all zero; asymmetric formats "
                               "are not supported")
     if match and match["order"]:
-        width = 8 if tensor.dtype == "I64" else 4
-        groups = [*memoryview(read_small(tensor)).cast("q" if width == 8 else "i")]
+        kind = {"I32": "i", "I64": "q"}.get(tensor.dtype)
+        groups = [*memoryview(read_small(tensor)).cast(kind)] if kind else [1, 0]
         if groups != sorted(groups):
             raise CheckpointError(f"{tensor.path}: {tensor.name} reorders the groups of columns; "
                                   "that is not supported")

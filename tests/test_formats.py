@@ -713,6 +713,17 @@ def test_parameter_beside_a_rival_scale_is_kept_whatever_its_modules_are_called(
     convert(tmp_path, tensors, expected, config)
 
 
+def test_fp8_tensor_that_serves_no_weight_is_refused_rather_than_left(tmp_path):
+    tensors = {"a.input_scale": finite_codes(3), "b.weight": finite_codes(4, 4)}
+    assert_refused(tmp_path, tensors, "a.input_scale is F8_E4M3, but named like")
+
+
+def test_fp8_weight_whose_name_ends_in_inv_is_a_weight(tmp_path):
+    codes, scale = finite_codes(4, 4), rand(1)
+    tensors = {"conv_inv": codes, "conv_inv_scale_inv": scale}
+    convert(tmp_path, tensors, {"conv_inv": dequantized(codes, scale.view(1, 1), (4, 4))})
+
+
 def test_odd_packed_width_is_refused(tmp_path):
     raw = {"w": ("F4", [2, 3], torch.zeros(3, dtype=PACKED))}
     write_raw(tmp_path / "in/model.safetensors", raw)
