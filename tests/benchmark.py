@@ -1,6 +1,7 @@
 """Measure the converter against the disk and against the algorithm that it replaces.
 
     python tests/benchmark.py [--size BYTES] [--shards N] [--runs N] [--folder FOLDER]
+    python tests/benchmark.py --plan
 
 Contenders, each a process of its own, take turns on one synthetic checkpoint:
 
@@ -9,7 +10,8 @@ Contenders, each a process of its own, take turns on one synthetic checkpoint:
 - ancestor: load_file, torch's float8 cast, save_file, on the CPU, one shard at a time.
 
 Before each run the page cache is dropped where that is permitted. Prints medians with their spread
-and ends with one line of JSON.
+and ends with one line of JSON. With --plan, it times what comes before the first byte is written,
+on the real layout of DeepSeek-V3 in sparse files.
 """
 
 import argparse
@@ -105,13 +107,37 @@ def summarize(runs: list[dict[str, float]]) -> dict[str, float]:
     return {**medians, "least": min(walls), "most": max(walls)}
 
 
+def plan_seconds(folder: str) -> None:
+    """Time reading the headers of DeepSeek-V3's 163 shards, and planning, in this process."""
+    import fp8_cast_bf16
+    from make_checkpoint import deepseek_v3_tensors, make_layout
+
+    make_layout(Path(folder), list(deepseek_v3_tensors()), 163)
+    figures = {"load": [], "plan": []}
+    for _ in range(5):
+        began = time.perf_counter()
+        checkpoint = fp8_cast_bf16.load_checkpoint(Path(folder))
+        loaded = time.perf_counter()
+        fp8_cast_bf16.make_plan(checkpoint)
+        figures["load"].append(loaded - began)
+        figures["plan"].append(time.perf_counter() - loaded)
+    medians = {name: statistics.median(seconds) for name, seconds in figures.items()}
+    print(f"{len(checkpoint.tensors)} tensors: headers {medians['load']:.2f} s, ", end="")
+    print(f"plan {medians['plan']:.2f} s (medians of 5)")
+    print(json.dumps(medians))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the converter.")
     parser.add_argument("--size", default="2.8G", help="bytes of the checkpoint (default 2.8G)")
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--runs", type=int, default=5, help="of each contender (default 5)")
     parser.add_argument("--folder", type=Path, default=tempfile.gettempdir(), help="on which disk")
+    parser.add_argument("--plan", action="store_true", help="time planning DeepSeek-V3 instead")
     options = parser.parse_args()
+    if options.plan:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            return plan_seconds(folder)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, out = Path(folder, "fp8"), Path(folder, "bf16")
         maker = [sys.executable, ROOT / "tests/make_checkpoint.py", source]

@@ -10,6 +10,7 @@ quantized. Uses torch alone: safetensors' own writer would ask for numpy.
 import argparse
 import ctypes
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,61 @@ def make_checkpoint(out: Path, size: int, shards: int) -> None:
     }
     (out / "config.json").write_text(json.dumps(config, indent=2))
     print(f"{out}: {shards} shards, {len(weight_map)} tensors, {total} bytes")
+
+
+def deepseek_v3_tensors() -> Iterator[tuple[str, str, list[int]]]:
+    """Yield name, dtype and shape of every tensor of DeepSeek-V3, its 62nd layer (MTP) included."""
+    hidden = 7168
+    attention = {"q_a_proj": (1536, hidden), "q_b_proj": (24576, 1536), "o_proj": (hidden, 16384)}
+    attention |= {"kv_a_proj_with_mqa": (576, hidden), "kv_b_proj": (32768, 512)}
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    norms |= {"self_attn.q_a_layernorm": 1536, "self_attn.kv_a_layernorm": 512}
+    yield "model.embed_tokens.weight", "BF16", [129280, hidden]
+    for layer in range(62):
+        prefix = f"model.layers.{layer}."
+        weights = {f"self_attn.{name}": shape for name, shape in attention.items()}
+        parts = {"mlp.": 18432}
+        if layer >= 3:
+            parts = {f"mlp.experts.{expert}.": 2048 for expert in range(256)}
+            parts["mlp.shared_experts."] = 2048
+            yield prefix + "mlp.gate.weight", "BF16", [256, hidden]
+            yield prefix + "mlp.gate.e_score_correction_bias", "F32", [256]
+        for part, size in parts.items():
+            weights |= {part + name: (size, hidden) for name in ("gate_proj", "up_proj")}
+            weights[part + "down_proj"] = (hidden, size)
+        for name, (rows, cols) in weights.items():
+            yield f"{prefix}{name}.weight", "F8_E4M3", [rows, cols]
+            yield f"{prefix}{name}.weight_scale_inv", "F32", [-(-rows // 128), -(-cols // 128)]
+        for name, size in norms.items():
+            yield f"{prefix}{name}.weight", "BF16", [size]
+    prefix = "model.layers.61."
+    yield prefix + "eh_proj.weight", "BF16", [hidden, 2 * hidden]
+    for name in ("embed_tokens", "shared_head.head"):
+        yield f"{prefix}{name}.weight", "BF16", [129280, hidden]
+    for name in (prefix + "enorm", prefix + "hnorm", prefix + "shared_head.norm", "model.norm"):
+        yield name + ".weight", "BF16", [hidden]
+    yield "lm_head.weight", "BF16", [129280, hidden]
+
+
+def make_layout(out: Path, tensors: list[tuple[str, str, list[int]]], shards: int) -> None:
+    """Write shards of the given tensors as sparse files, which hold zeros and take no room."""
+    out.mkdir(parents=True, exist_ok=True)
+    sizes = {dtype: torch.empty(0, dtype=kind).element_size() for kind, dtype in DTYPES.items()}
+    weight_map, each = {}, -(-len(tensors) // shards)
+    for shard in range(shards):
+        header, offset = {}, 0
+        for name, dtype, shape in tensors[shard * each : (shard + 1) * each]:
+            end = offset + sizes[dtype] * math.prod(shape)
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+            offset = end
+        file_name = f"model-{shard + 1:05}-of-{shards:06}.safetensors"
+        weight_map |= dict.fromkeys(header, file_name)
+        text = json.dumps(header).encode()
+        with open(out / file_name, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + offset)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def byte_count(text: str) -> int:

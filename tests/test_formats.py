@@ -23,7 +23,9 @@ from checkpoints import (
     write_checkpoint,
     write_raw,
 )
-from fp8_cast_bf16 import CheckpointError, main
+from fp8_cast_bf16 import CheckpointError, main, make_plan
+from fp8_cast_bf16 import load_checkpoint as load_headers
+from make_checkpoint import deepseek_v3_tensors, make_layout
 
 PACKED = torch.uint8
 E8M0 = torch.float8_e8m0fnu
@@ -729,6 +731,18 @@ def test_odd_packed_width_is_refused(tmp_path):
     write_raw(tmp_path / "in/model.safetensors", raw)
     with pytest.raises(CheckpointError, match=r"w is \[2, 3\] \(E2M1\), it has no scale"):
         main(tmp_path / "in", tmp_path / "out")
+
+
+def test_plan_of_deepseek_v3_has_the_known_counts(tmp_path):
+    """The figures of the release: 163 shards, 46,183 tensors, 45,808 of them dequantized."""
+    make_layout(tmp_path, list(deepseek_v3_tensors()), 163)
+    plan = make_plan(load_headers(tmp_path))
+    steps = [step for shard in plan.shards for step in shard.steps]
+    assert len(plan.shards) == 163
+    assert len(steps) == 46_183
+    assert sum(step.quantization is not None for step in steps) == 45_808
+    with_f32_bias = sum(step.stop - step.start for step in steps) // 2
+    assert with_f32_bias - 59 * 256 == 684_489_845_504  # values
 
 
 def test_gguf_and_bin_checkpoints_are_refused(tmp_path):
