@@ -671,11 +671,11 @@ class Worker:
         self.seconds["reading"] += time.perf_counter() - began
 
     def read_scale(self, scale: Tensor, first: int, count: int) -> torch.Tensor:
-        """Return `count` values of a scale from the one numbered `first` on, as float32."""
+        """Return `count` scales from the one numbered `first` on, float32, on the device."""
         size = (scale.stop - scale.start) // math.prod(scale.shape)
         raw = torch.empty(count * size, dtype=torch.uint8)
         self.read(scale.path, scale.start + first * size, raw)
-        return kernel.widen_scales(raw, scale.dtype)
+        return kernel.widen_scales(raw.to(self.device), scale.dtype)
 
     def close(self) -> None:
         for file in self.files.values():
@@ -708,12 +708,11 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
     first_byte, last_byte = start // per_byte, -(-stop // per_byte)
     codes = worker.codes[: last_byte - first_byte]
     worker.read(step.source.path, step.source.start + first_byte, codes)
-    scales = read_scales(quantization, start, stop, worker)
-    began = time.perf_counter()
     out = out.view(torch.bfloat16)
     with torch.cuda.stream(worker.stream):
+        scales = read_scales(quantization, start, stop, worker)
+        began = time.perf_counter()
         codes = codes.to(worker.device, non_blocking=True)
-        scales = scales.to(worker.device)
         values = out if worker.stream is None else torch.empty_like(out, device=worker.device)
         codec = quantization.codes, quantization.grid, start
         nans = kernel.dequantize(codes, scales, values, *codec)
@@ -724,13 +723,13 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
 
 
 def read_scales(quantization: Quantization, start: int, stop: int, worker: Worker) -> torch.Tensor:
-    """Return the scales of the elements [start, stop) of a weight as a float32 matrix.
+    """Return the scales of the elements [start, stop) of a weight, a float32 matrix on the device.
 
     Scales of scales are applied here, in float32, before the codes meet either: the order in which
     ModelOpt and compressed-tensors dequantize.
     """
     if quantization.scale is None:
-        return torch.ones(1, 1)
+        return torch.ones(1, 1, device=worker.device)
     grid, second = quantization.grid, quantization.second
     row, row_end, col, col_end = grid.scale_region(start, stop)
     count = (row_end - row) * (col_end - col)
@@ -740,7 +739,8 @@ def read_scales(quantization: Quantization, start: int, stop: int, worker: Worke
         return scales
     factors = worker.read_scale(second, 0, math.prod(second.shape))
     if len(factors) > 1:
-        factors = factors[torch.arange(row, row_end) // grid.scale_rows_per_part]
+        rows = torch.arange(row, row_end, device=worker.device)
+        factors = factors[rows // grid.scale_rows_per_part]
     factors = factors.view(-1, 1)
     return scales / factors if second.name.endswith("global_scale") else scales * factors
 

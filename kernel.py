@@ -337,8 +337,8 @@ def widen_scales(raw: torch.Tensor, dtype: str) -> torch.Tensor:
         exponents = raw.int()  # the exponent field of a float32, but for both ends of its range
         bits = torch.where(exponents == 0, 1 << 22, exponents << 23)
         return torch.where(exponents == 0xFF, torch.nan, bits.view(torch.float32))
-    fmt, values = FORMATS[kind], torch.empty(raw.shape, dtype=torch.float32)
-    _decode(raw, torch.empty(raw.shape, dtype=torch.int16), values, fmt)
+    fmt, values = FORMATS[kind], torch.empty_like(raw, dtype=torch.float32)
+    _decode(raw, torch.empty_like(raw, dtype=torch.int16), values, fmt)
     return torch.where((raw & 0x7F) >= fmt.special, torch.nan, values * fmt.rescale)
 
 

@@ -1,5 +1,6 @@
 """The program as a user meets it: what it prints, its exit status, what it leaves behind."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -313,6 +314,28 @@ def test_the_demo_checkpoint_converts_with_ragged_blocks(tmp_path):
     for name, tensor in got.items():
         if given[name].dtype != torch.float8_e4m3fn:
             assert_same_bits(tensor, given[name])
+
+
+def test_values_come_back_from_another_device_into_the_window(tmp_path, monkeypatch):
+    """The way of the bytes to a GPU and back, with the CPU standing in for it."""
+    make_checkpoint(tmp_path / "in", 10**7, 2)
+    fp8_cast_bf16.main(tmp_path / "in", tmp_path / "cpu", device="cpu")
+    begin, streams = fp8_cast_bf16.Worker.__init__, []
+
+    def with_stream(worker, *arguments):
+        begin(worker, *arguments)
+        worker.stream = object()
+
+    def use(stream):
+        streams.append(stream)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(fp8_cast_bf16.Worker, "__init__", with_stream)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(fp8_cast_bf16, "WINDOW", 5 << 12)
+    fp8_cast_bf16.main(tmp_path / "in", tmp_path / "other", device="cpu", workers=3)
+    assert 1 <= len(set(streams)) <= 3
+    assert contents(tmp_path / "other") == contents(tmp_path / "cpu")
 
 
 @pytest.mark.gpu

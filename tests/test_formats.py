@@ -460,6 +460,22 @@ def test_parameters_that_are_called_scale_are_kept(tmp_path):
     convert(tmp_path, tensors, expected, config)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_and_cpu_write_the_same_bytes_for_fp4_and_second_scales(tmp_path, monkeypatch):
+    tensors, _ = deepseek_v4()
+    for name, second in (("weight", "weight_scale_2"), ("weight_packed", "weight_global_scale")):
+        codes, scale, _ = nvfp4(torch.tensor(613.0), divide=False)
+        tensors |= {f"{name}.{name}": codes, f"{name}.weight_scale": scale}
+        tensors[f"{name}.{second}"] = torch.tensor(613.0)
+    write_checkpoint(tmp_path / "in", {"model.safetensors": tensors})
+    for window in (16 << 20, 4096):
+        monkeypatch.setattr("fp8_cast_bf16.WINDOW", window)
+        for device in ("cpu", "cuda"):
+            main(tmp_path / "in", tmp_path / device, device=device)
+        assert contents(tmp_path / "cuda") == contents(tmp_path / "cpu")
+
+
 # --- what is refused ---
 
 
