@@ -178,24 +178,35 @@ def test_transformers_dequantizes_deepseek_v4_to_the_same_bits(tmp_path):
 
 
 def test_transformers_is_wrong_where_the_last_block_is_cut_off(tmp_path):
-    """192 rows over 2 rows of scales: blocks of 128 by the format, of 96 in transformers 5.23."""
+    """192 rows over 2 rows of scales: blocks of 128 by the format, of 96 in transformers 5.23.
+
+    It divides the rows by the rows of scales, where the format fixes the block and cuts the last.
+    """
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=200, hidden_size=256, intermediate_size=192, num_hidden_layers=1, head_dim=64
     )
     config.num_attention_heads, config.num_key_value_heads = 4, 2
-    expected = {}
+    expected, computed = {}, {}
 
     def quantize(name, tensor):
         if name.endswith("up_proj.weight"):
             codes, scale = quantize_per_block(tensor.float())
-            wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:192]
-            expected[name] = (codes.float() * wide).bfloat16()
+            for rows, values in ((128, expected), (96, computed)):
+                wide = scale.repeat_interleave(rows, 0).repeat_interleave(128, 1)[:192]
+                values[name] = (codes.float() * wide).bfloat16()
             return {name: codes, name + "_scale_inv": scale}
 
     model = AutoModelForCausalLM.from_config(config, dtype=BF16)
     save_quantized(tmp_path, model, {"quantization_config": FP8_CONFIG}, quantize)
     ours = load_checkpoint(tmp_path / "bf16")
+    dequantize = FineGrainedFP8Config(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", quantization_config=dequantize
+    ).state_dict()
     assert expected
     for name, tensor in expected.items():
         assert_same_bits(ours[name], tensor)
+        assert not torch.equal(expected[name], computed[name])
+        # a transformers that has mended this computes what we do
+        assert any(torch.equal(theirs[name], values[name]) for values in (expected, computed))
