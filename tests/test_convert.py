@@ -426,6 +426,19 @@ def test_input_and_output_must_be_apart(tmp_path, out):
     assert contents(tmp_path) == before
 
 
+def test_input_reached_by_another_name_is_still_the_input(tmp_path, monkeypatch):
+    """As through a bind mount, or on a file system that does not tell upper from lower case."""
+    write_checkpoint(tmp_path / "in", {"model.safetensors": {"x": torch.ones(1)}})
+    write_checkpoint(tmp_path / "IN", {"model.safetensors": {"x": torch.ones(1)}})
+    same = type(tmp_path).samefile
+    names = {tmp_path / "in", tmp_path / "IN"}
+    monkeypatch.setattr(
+        type(tmp_path), "samefile", lambda a, b: {a, b} == names or same(a, b)
+    )
+    with pytest.raises(UsageError, match="must lie apart"):
+        main(tmp_path / "in", tmp_path / "IN")
+
+
 def test_empty_tensors_are_kept(tmp_path):
     tensors = {"e": torch.zeros(0, 4), "w": finite_codes(0, 8), "w_scale_inv": torch.zeros(0, 1)}
     tensors["z"] = torch.ones(2)

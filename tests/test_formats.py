@@ -421,12 +421,13 @@ def test_mistral_consolidated(tmp_path):
     tensors = {
         **{f"{a}.wq.weight": codes, f"{a}.wq.qscale_weight": scale, f"{a}.wq.qscale_act": rand()},
         **{f"{a}.kv_fake_quantizer.qscale_act": rand(), f"{a}.q_fake_quantizer.qscale_act": rand()},
+        f"{a}.qscale_act": rand(),  # shared by several weights
         "norm.weight": torch.ones(4).bfloat16(),
     }
     expected = {f"{a}.wq.weight": dequantized(codes, scale.view(1, 1), (50, 60))}
     expected["norm.weight"] = tensors["norm.weight"]
     (tmp_path / "in").mkdir()
-    params = {"dim": 5, "quantization": {"qformat_weight": "fp8_e4m3"}}
+    params = {"dim": 5, "quantization": {"qformat_weight": "fp8_e4m3"}, "quantization_config": {}}
     (tmp_path / "in/params.json").write_text(json.dumps(params))
     convert(tmp_path, tensors, expected, name="consolidated.safetensors")
     assert json.loads((tmp_path / "out/params.json").read_text()) == {"dim": 5}
