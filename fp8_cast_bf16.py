@@ -57,6 +57,7 @@ DTYPE_KEYS = ["torch_dtype", "dtype"]
 # Files beside the shards: what only a quantized checkpoint needs, weights in other formats or of
 # another set, and what tools keep for themselves is not copied; everything else is.
 QUANTIZATION_FILES = ["hf_quant_config.json", "quantization_config.json"]
+EDITED_FILES = [INDEX_NAME, CONFIG_NAME, PARAMS_NAME]
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pth", "*.gguf"]
 WEIGHT_FILES += ["*.h5", "*.msgpack"]
 TOOL_FOLDERS = [".git", ".cache"]
@@ -332,7 +333,7 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
 
     missing_scale: what to do with an FP8 weight without a scale: "keep" it as it is, "cast" it with
     scale 1, or raise an "error". Raises CheckpointError where the rules do not decide. Of the data
-    nothing is read but zero points and ComfyUI's notes.
+    nothing is read but zero points, orders of groups and ComfyUI's notes.
     """
     refuse(checkpoint)
     tensors, hints = checkpoint.tensors, read_hints(checkpoint)
@@ -769,6 +770,11 @@ def direct_flag(root: Path) -> int:
     return flag
 
 
+def temporary(path: Path) -> Path:
+    """Return the name under which a file is written until it is whole."""
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
 def open_output(path: Path, flags: int = 0):
     return open(path, "r+b", 0, opener=lambda name, mode: os.open(name, mode | flags, 0o666))
 
@@ -788,14 +794,11 @@ class Output:
         for shard in plan.shards:
             starts = range(0, shard.size, window)
             self.unwritten[shard.name] = len(starts)
-            path = self.temporary(shard)
+            path = temporary(self.root / shard.name)
             with naming(path), open(path, "wb") as file:
                 file.truncate(shard.size)
             for start in starts:
                 yield shard, start, min(start + window, shard.size)
-
-    def temporary(self, shard: Shard) -> Path:
-        return self.root / (shard.name + TEMPORARY_SUFFIX)
 
     def take(self) -> tuple[Shard, int, int] | None:
         """Return the next window that nobody has taken, None when there is none."""
@@ -805,7 +808,7 @@ class Output:
     def write(self, shard: Shard, start: int, stop: int, buffer: torch.Tensor) -> None:
         """Write a window, the start of `buffer`. What fills its last page is cut off at the end."""
         view = as_bytes(buffer)[: -(-(stop - start) // PAGE) * PAGE]
-        path = self.temporary(shard)
+        path = temporary(self.root / shard.name)
         with naming(path), open_output(path, self.direct) as file:
             file.seek(start)
             while view:
@@ -823,7 +826,7 @@ class Output:
     def discard(self) -> None:
         """Remove the shards that are not whole."""
         for name in self.unwritten:
-            (self.root / (name + TEMPORARY_SUFFIX)).unlink(missing_ok=True)
+            temporary(self.root / name).unlink(missing_ok=True)
 
 
 def write_shards(plan: Plan, root: Path, device: torch.device, workers: int,
@@ -879,7 +882,7 @@ def side_files(root: Path) -> tuple[list[str], list[str]]:
         for name in sorted(names + linked):
             path = Path(folder, name)
             relative = path.relative_to(root).as_posix()
-            if relative in (INDEX_NAME, CONFIG_NAME, PARAMS_NAME, *QUANTIZATION_FILES):
+            if relative in EDITED_FILES + QUANTIZATION_FILES:
                 continue
             plain = path.is_file() and any(path.resolve().is_relative_to(place) for place in inside)
             if any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES) or not plain:
@@ -942,7 +945,7 @@ def prepare(plan: Plan, out: Path) -> None:
     if others := sorted(path.name for path in out.glob("*.safetensors") if path.name not in ours):
         raise CheckpointError(f"{out}: holds {', '.join(others)}, which this checkpoint has not; "
                               "give another folder")
-    for name in (INDEX_NAME, CONFIG_NAME, PARAMS_NAME, *QUANTIZATION_FILES):
+    for name in EDITED_FILES + QUANTIZATION_FILES:
         (out / name).unlink(missing_ok=True)
 
 
@@ -953,16 +956,15 @@ def publish(root: Path, out: Path, copied: list[str], texts: dict[str, str]) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.parent.resolve().is_relative_to(out.resolve()):
             raise CheckpointError(f"{target.parent}: is a link out of the output; remove it")
-        temporary = target.with_name(target.name + TEMPORARY_SUFFIX)
-        shutil.copyfile(root / relative, temporary)  # and never into what the target links to
-        os.replace(temporary, target)
+        shutil.copyfile(root / relative, temporary(target))  # never into what target links to
+        os.replace(temporary(target), target)
     for name, text in texts.items():
-        temporary = out / (name + TEMPORARY_SUFFIX)
-        with naming(temporary), open(temporary, "w", encoding="utf-8") as file:
+        path = temporary(out / name)
+        with naming(path), open(path, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, out / name)
+        os.replace(path, out / name)
 
 
 # --- command line ---

@@ -462,7 +462,6 @@ def test_parameters_that_are_called_scale_are_kept(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_and_cpu_write_the_same_bytes_for_fp4_and_second_scales(tmp_path, monkeypatch):
     tensors, _ = deepseek_v4()
     for name, second in (("weight", "weight_scale_2"), ("weight_packed", "weight_global_scale")):

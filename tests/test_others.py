@@ -101,6 +101,14 @@ def test_compressed_tensors_decompresses_to_the_same_bits(tmp_path, name):
     assert_same_bits(load_checkpoint(tmp_path / "out")["m.weight"], canonical(theirs))
 
 
+def tiny_qwen3(**sizes):
+    """Return a Qwen3 with random weights in BF16."""
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=200, hidden_size=256, head_dim=64, **sizes)
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    return AutoModelForCausalLM.from_config(config, dtype=BF16)
+
+
 def assert_loads_like(fp8, bf16):
     """Compare what transformers makes of the FP8 checkpoint itself with what it loads of ours."""
     dequantize = FineGrainedFP8Config(dequantize=True)
@@ -129,18 +137,13 @@ def save_quantized(folder, model, config, quantize):
 
 def test_transformers_dequantizes_qwen3_to_the_same_bits(tmp_path):
     # whole blocks only: transformers computes the block from the shapes, which is wrong for ragged
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=200, hidden_size=256, intermediate_size=384, num_hidden_layers=2, head_dim=64
-    )
-    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    model = tiny_qwen3(intermediate_size=384, num_hidden_layers=2)
 
     def quantize(name, tensor):
         if name.endswith("_proj.weight"):
             codes, scale = quantize_per_block(tensor.float())
             return {name: codes, name + "_scale_inv": scale.bfloat16()}
 
-    model = AutoModelForCausalLM.from_config(config, dtype=BF16)
     save_quantized(tmp_path, model, {"quantization_config": FP8_CONFIG}, quantize)
     assert_loads_like(tmp_path / "fp8", tmp_path / "bf16")
 
@@ -182,11 +185,7 @@ def test_transformers_is_wrong_where_the_last_block_is_cut_off(tmp_path):
 
     It divides the rows by the rows of scales, where the format fixes the block and cuts the last.
     """
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=200, hidden_size=256, intermediate_size=192, num_hidden_layers=1, head_dim=64
-    )
-    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    model = tiny_qwen3(intermediate_size=192, num_hidden_layers=1)
     expected, computed = {}, {}
 
     def quantize(name, tensor):
@@ -197,7 +196,6 @@ def test_transformers_is_wrong_where_the_last_block_is_cut_off(tmp_path):
                 values[name] = (codes.float() * wide).bfloat16()
             return {name: codes, name + "_scale_inv": scale}
 
-    model = AutoModelForCausalLM.from_config(config, dtype=BF16)
     save_quantized(tmp_path, model, {"quantization_config": FP8_CONFIG}, quantize)
     ours = load_checkpoint(tmp_path / "bf16")
     dequantize = FineGrainedFP8Config(dequantize=True)

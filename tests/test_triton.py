@@ -15,7 +15,6 @@ from checkpoints import assert_same_bits, dequantized, every_code, fp4_values
 
 ROOT = Path(__file__).parent.parent
 triton = pytest.importorskip("triton", reason="the Triton kernel needs triton")
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8}
 GRIDS = [  # rows, columns, block, rows of a part
@@ -139,14 +138,12 @@ def test_interpreted_kernel_equals_the_oracle():
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("case", CASES)
 def test_gpu_equals_the_oracle(case):
     check_case(*case, "cuda")
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("block", [(128, 128), (1, 32), (1, 7168), (2048, 7168)])
 def test_gpu_and_cpu_give_the_same_bytes(block):
     bits = torch.randint(-(2**31), 2**31, (-(-2048 // block[0]), -(-7168 // block[1])))
@@ -157,7 +154,6 @@ def test_gpu_and_cpu_give_the_same_bytes(block):
 
 
 @pytest.mark.gpu
-@gpu
 def test_gpu_reaches_elements_beyond_2_to_the_31():
     rows, cols = 2**21 + 3, 1024
     codes = torch.randint(0, 127, (rows, cols), dtype=torch.uint8, device="cuda")
