@@ -20,6 +20,7 @@ import argparse
 import ctypes
 import errno
 import fnmatch
+import functools
 import itertools
 import json
 import math
@@ -38,6 +39,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 with warnings.catch_warnings():  # torch regrets the absence of numpy, which nothing here needs
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
@@ -58,15 +60,17 @@ DTYPE_KEYS = ["torch_dtype", "dtype"]
 # another set, and what tools keep for themselves is not copied; everything else is.
 QUANTIZATION_FILES = ["hf_quant_config.json", "quantization_config.json"]
 EDITED_FILES = [INDEX_NAME, CONFIG_NAME, PARAMS_NAME]
+INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32"}  # in which other formats pack weights
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pth", "*.gguf"]
 WEIGHT_FILES += ["*.h5", "*.msgpack"]
 TOOL_FOLDERS = [".git", ".cache"]
 # The order in which safetensors' own writer lays out tensors: larger elements first, so that every
 # tensor is aligned to its element size. Within a dtype they stand by name.
-DTYPE_ORDER = (
+DTYPE_NAMES = (
     "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 "
     "I8 U8 F6_E3M2 F6_E2M3 F4 BOOL"
-).split()
+)
+DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_NAMES.split())}
 
 # What the scale of a weight is called: the weight's name without what its kind ends in, and one of
 # these endings. The first kind counts that has one. Shards of a table share their parent's.
@@ -77,23 +81,25 @@ SCALE_NAMES = {
     r"(.*\.|)shard_\d+\.weight": "weight_scale",
     r"(.*)": "_scale_inv _scales_inv _weight_scale _scale .scale",
 }
+SCALE_NAMES = {re.compile(kind, re.DOTALL): ends.split() for kind, ends in SCALE_NAMES.items()}
+# The patterns below are of leaves, the last parts of names, but for the refused: of dtype and leaf.
 ORPHAN_ENDINGS = "_scale_inv", "_scales_inv"  # dropped even without a weight: no loader knows them
-RENAMED = re.compile(r"(^|\.)(weight_packed|_weight_qdata)$")  # to weight
-SCALE_NAME = re.compile(r".*(_scale_inv|_scales_inv|[._]scale|qscale_weight|scale_weight)|scale")
+RENAMED = re.compile("weight_packed|_weight_qdata")  # to weight
+SCALE_LEAF = re.compile(".*(_scale_inv|_scales_inv|_scale|qscale_weight|scale_weight)|scale")
 # Of two scales that could both be meant, the one that the loader for a quant_method reads.
 SCALE_OF_METHOD = {
     **dict.fromkeys(["fp8", "mxfp8"], "_scale_inv"),
     **dict.fromkeys(["compressed-tensors", "modelopt", "fbgemm_fp8", "quark"], "weight_scale"),
 }
-# What is of no use once the weight beside it is BF16, by the last part of its name.
+# What is of no use once the weight beside it is BF16.
 SIDE_TENSOR = re.compile(
     r"(.*_)?(input_scale|activation_scale|qscale_act|scale_input|input_scale_ub|global_scale|"
     r"output_scale|weight_shape|comfy_quant|(?P<zero_point>zero_point|zp)|(?P<order>g_idx))"
 )
 # Scales of the key-value cache and of activations that layers share, and ComfyUI's mark.
-CACHE_SCALE = re.compile(r"(.*\.)?([kvq]_scale|kv_scale|prob_scale|scaled_fp8|qscale_act)")
+CACHE_SCALE = re.compile("[kvq]_scale|kv_scale|prob_scale|scaled_fp8|qscale_act")
 COMFY_FORMATS = {"float8_e4m3fn": "E4M3", "float8_e5m2": "E5M2"}
-# Tensors that no scale alone turns into weights, by dtype and the last part of the name.
+# Tensors that no scale alone turns into weights.
 REFUSED = {
     r"\w+ (?:.*_)?pre_quant_scale": "an AWQ factor that belongs to the activations",
     r"\w+ (?:.*_)?svdquant_lora_.*": "the low-rank part of an SVDQuant weight",
@@ -110,7 +116,7 @@ REFUSED = {
     r"F6_\w+ .*": "a 6-bit float",
     r"F8_\w+FNUZ .*": "an FNUZ float, whose bits mean other values",
 }
-# Refused only beside a tensor whose name ends in the second word in place of the first.
+# Refused only beside a tensor that is named with the second word in place of the first.
 REFUSED_WITH = {"bitmask": "compressed", "_blocks": "_scales"}
 REFUSED_NAME = re.compile("|".join(f"({pattern})" for pattern in REFUSED))
 
@@ -139,11 +145,15 @@ def naming(path: Path):
 # --- checkpoint: where every tensor's bytes are ---
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """A tensor on disk: dtype as safetensors spells it, bytes [start, stop) of the file at path."""
+class Tensor(NamedTuple):
+    """A tensor on disk: dtype as safetensors spells it, bytes [start, stop) of the file at path.
+
+    leaf is the name's last part, module what stands before its last dot.
+    """
 
     name: str
+    module: str
+    leaf: str
     dtype: str
     shape: tuple[int, ...]
     path: Path
@@ -196,8 +206,10 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
     metadata = header.pop("__metadata__", None) or {}
     tensors = []
     for name, entry in header.items():
-        start, stop = (8 + size + offset for offset in entry["data_offsets"])
-        tensors.append(Tensor(name, entry["dtype"], tuple(entry["shape"]), path, start, stop))
+        module, _, leaf = name.rpartition(".")
+        start, stop = entry["data_offsets"]
+        span = 8 + size + start, 8 + size + stop
+        tensors.append(Tensor(name, module, leaf, entry["dtype"], tuple(entry["shape"]), path, *span))
     return metadata, tensors
 
 
@@ -253,8 +265,7 @@ def load_checkpoint(root: Path) -> Checkpoint:
 # --- plan: what every byte of the output will be ---
 
 
-@dataclass(frozen=True, slots=True)
-class Quantization:
+class Quantization(NamedTuple):
     """How a weight's codes become values: a key of kernel.FORMATS, the scales, and their grid.
 
     shape is the weight's in elements. scale is None for a weight that is cast as if its scale were
@@ -269,8 +280,7 @@ class Quantization:
     second: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One tensor of an output shard: its name, and bytes [start, stop) of that file.
 
     They are source's bytes, or its values as BF16 where there is a quantization.
@@ -338,7 +348,7 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     refuse(checkpoint)
     tensors, hints = checkpoint.tensors, read_hints(checkpoint)
     quantizations, consumed = pair(tensors, hints)
-    integers = [t for t in tensors.values() if re.match("[IU](8|16|32)", t.dtype) and t.shape[1:]]
+    integers = [t for t in tensors.values() if t.dtype in INTEGERS and t.shape[1:]]
     if hints.methods and integers and not quantizations:
         raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: names the quant_method "
                               f"{', '.join(sorted(hints.methods))}, but no weight is in a format "
@@ -346,7 +356,7 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
                               "dequantize it with the tool that made it")
     missing = settle_missing(quantizations, tensors, missing_scale)
     settled = {*quantizations, *(tensor.name for tensor in missing)}
-    modules = {name.rpartition(".")[0] for name in quantizations}
+    modules = {tensors[name].module for name in quantizations}
     dropped, orphans, kept = [], [], {name: [] for name in checkpoint.shards}
     for tensor in tensors.values():
         if tensor.name in consumed or is_side_tensor(tensor, modules):
@@ -373,7 +383,7 @@ def settle_missing(quantizations: dict[str, Quantization], tensors: dict[str, Te
                    missing_scale: str) -> list[Tensor]:
     """Return the FP8 weights without a scale, and strike out those that are kept as they are."""
     missing = [tensors[name] for name, entry in quantizations.items() if entry.scale is None]
-    scales = [name for name in tensors if "scale" in name.rpartition(".")[2]]
+    scales = [t.name for t in tensors.values() if "scale" in t.leaf] if missing else []
     for weight in missing:
         if missing_scale == "keep":
             del quantizations[weight.name]
@@ -395,10 +405,9 @@ def refuse(checkpoint: Checkpoint) -> None:
     found = [(checkpoint.root / name, "one of the slices that tensor-parallel ranks load")
              for name in checkpoint.shards if re.fullmatch(r"model\d+-mp\d+\.safetensors", name)]
     for tensor in checkpoint.tensors.values():
-        match = REFUSED_NAME.fullmatch(f"{tensor.dtype} {tensor.name.rpartition('.')[2]}")
-        beside = [tensor.name.removesuffix(ending) + other for ending, other in REFUSED_WITH.items()
-                  if match and tensor.name.endswith(ending)]
-        if match and all(name in checkpoint.tensors for name in beside):
+        match = matches(REFUSED_NAME, f"{tensor.dtype} {tensor.leaf}")
+        if match and all(tensor.name.removesuffix(ending) + other in checkpoint.tensors
+                         for ending, other in REFUSED_WITH.items() if tensor.leaf.endswith(ending)):
             what = list(REFUSED.values())[match.lastindex - 1]
             found.append((tensor.path, f"{tensor.name} ({tensor.dtype}) is {what}"))
     for key, value in quantization_entries(checkpoint.config):
@@ -461,7 +470,7 @@ def comfy_codes(checkpoint: Checkpoint) -> dict[str, str]:
         for tensor in checkpoint.tensors.values():
             if tensor.name.endswith(".comfy_quant"):
                 where = tensor.path
-                notes[tensor.name.rpartition(".")[0]] = json.loads(read_small(tensor))
+                notes[tensor.module] = json.loads(read_small(tensor))
         for module, note in notes.items():
             codes[module] = COMFY_FORMATS.get(str(note["format"]))
             if codes[module] is None or note.get("convrot"):
@@ -483,16 +492,19 @@ def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantizati
     """Return the quantization of every quantized weight, and the names of all their scales."""
     quantizations, consumed, outputs = {}, set(), set(tensors)
     candidates = [t for t in tensors.values() if t.dtype in kernel.WEIGHT_DTYPES]
+    leaves = {tensor.leaf for tensor in tensors.values()}
+    kinds = {kind: [end for end in ends if any(leaf.endswith(end.split(".")[-1]) for leaf in leaves)]
+             for kind, ends in SCALE_NAMES.items()}
     # What is named like a scale comes last: it is a weight only if no weight has used it.
-    for weight in sorted(candidates, key=lambda t: bool(SCALE_NAME.fullmatch(t.name))):
-        module, _, leaf = weight.name.rpartition(".")
-        if (weight.name in consumed or SIDE_TENSOR.fullmatch(leaf)
-                or leaf.endswith(ORPHAN_ENDINGS) or CACHE_SCALE.fullmatch(weight.name)):
+    for weight in sorted(candidates, key=lambda t: bool(matches(SCALE_LEAF, t.leaf))):
+        leaf = weight.leaf
+        if (weight.name in consumed or leaf.endswith(ORPHAN_ENDINGS)
+                or matches(SIDE_TENSOR, leaf) or matches(CACHE_SCALE, leaf)):
             continue
-        scale, *others = find_scales(weight, tensors, hints) or [None]
-        name = output_name(weight.name)
+        scale, *others = find_scales(weight, tensors, hints, kinds) or [None]
+        name = output_name(weight)
         if scale is None and (weight.dtype, None) not in CODECS:
-            if name != weight.name or (weight.dtype == "U8" and module in hints.codes):
+            if name != weight.name or (weight.dtype == "U8" and weight.module in hints.codes):
                 raise CheckpointError(f"{weight.path}: {weight.name} ({weight.dtype}) has no scale")
             continue
         second = find_second(weight, scale, tensors)
@@ -504,15 +516,25 @@ def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantizati
     return quantizations, consumed
 
 
-def output_name(name: str) -> str:
-    return RENAMED.sub(r"\1weight", name)
+@functools.cache  # of 100,000 tensors nearly all are called one of a few leaves
+def matches(pattern: re.Pattern, leaf: str) -> re.Match | None:
+    return pattern.fullmatch(leaf)
 
 
-def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints) -> list[Tensor]:
-    """Return the scale of a weight, then other scales of it that another loader would take."""
-    for pattern, endings in SCALE_NAMES.items():
-        match = re.fullmatch(pattern, weight.name, re.DOTALL)
-        names = [match[1] + ending for ending in endings.split()] if match else []
+def output_name(weight: Tensor) -> str:
+    leaf = weight.leaf
+    return weight.name.removesuffix(leaf) + "weight" if matches(RENAMED, leaf) else weight.name
+
+
+def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints,
+                kinds: dict[re.Pattern, list[str]]) -> list[Tensor]:
+    """Return the scale of a weight, then other scales of it that another loader would take.
+
+    kinds: of SCALE_NAMES the endings that the checkpoint has at all.
+    """
+    for pattern, endings in kinds.items():
+        match = pattern.fullmatch(weight.name)
+        names = [match[1] + ending for ending in endings] if match else []
         found = [tensors[name] for name in names if name in tensors]
         if len(found) > 1:
             read = tuple(SCALE_OF_METHOD[m] for m in hints.methods if m in SCALE_OF_METHOD)
@@ -524,7 +546,7 @@ def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints) -> lis
                                       "the one that is not meant")
             # a bare `scale` may be a parameter after all
             others = [scale for scale in found if scale not in meant]
-            return meant + [s for s in others if "weight" in s.name.rpartition(".")[2]]
+            return meant + [scale for scale in others if "weight" in scale.leaf]
         if found:
             return found
     return []
@@ -532,8 +554,9 @@ def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints) -> lis
 
 def find_second(weight: Tensor, scale: Tensor | None, tensors: dict[str, Tensor]) -> Tensor | None:
     """Return the scale of an NVFP4 weight's scales: ModelOpt's factor or the other's divisor."""
-    names = {scale.name + "_2", weight.name + "_scale_2"} if scale else set()
-    wanted = scale and scale.dtype == "F8_E4M3"
+    if scale is None:
+        return None
+    names, wanted = {scale.name + "_2", weight.name + "_scale_2"}, scale.dtype == "F8_E4M3"
     if wanted:
         names.add(re.sub("scale(_inv)?$", "global_scale", scale.name))
     found = [tensors[name] for name in names if name in tensors]
@@ -558,7 +581,7 @@ def quantize(weight: Tensor, scale: Tensor | None, second: Tensor | None,
     if codes == "E2M1" and weight.dtype != "F4":
         shape = (*shape[:-1], 2 * math.prod(shape[-1:]))
     elif weight.dtype == "U8":
-        codes = hints.codes.get(weight.name.rpartition(".")[0], codes)
+        codes = hints.codes.get(weight.module, codes)
     # Llama 4's experts are stored transposed, but for the scales of one kind
     transposed = "fbgemm_fp8" in hints.methods and weight.name.endswith("down_proj")
     fused, scale_shape = "qkv_proj" in weight.name, scale.shape if scale else ()
@@ -583,8 +606,7 @@ def quantize(weight: Tensor, scale: Tensor | None, second: Tensor | None,
 
 def is_side_tensor(tensor: Tensor, modules: set[str]) -> bool:
     """Return whether a tensor only serves quantization in a module whose weight becomes BF16."""
-    module, _, leaf = tensor.name.rpartition(".")
-    match = SIDE_TENSOR.fullmatch(leaf) if module in modules else None
+    match = matches(SIDE_TENSOR, tensor.leaf) if tensor.module in modules else None
     if match and match["zero_point"] and any(read_small(tensor)):
         raise CheckpointError(f"{tensor.path}: {tensor.name} is not all zero; asymmetric formats "
                               "are not supported")
@@ -594,7 +616,7 @@ def is_side_tensor(tensor: Tensor, modules: set[str]) -> bool:
         if groups != sorted(groups):
             raise CheckpointError(f"{tensor.path}: {tensor.name} reorders the groups of columns; "
                                   "that is not supported")
-    return bool(match or CACHE_SCALE.fullmatch(tensor.name))
+    return bool(match or matches(CACHE_SCALE, tensor.leaf))
 
 
 def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
@@ -606,9 +628,9 @@ def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
         if quantization := quantizations.get(tensor.name):
             shape = quantization.shape
             size = 2 * math.prod(shape)
-            output = "BF16", output_name(tensor.name), shape, size, tensor, quantization
+            output = "BF16", output_name(tensor), shape, size, tensor, quantization
         outputs.append(output)
-    outputs.sort(key=lambda output: (DTYPE_ORDER.index(output[0]), output[1]))
+    outputs.sort(key=lambda output: (DTYPE_ORDER[output[0]], output[1]))
     metadata = {key: text for key, text in metadata.items() if key not in QUANTIZATION_KEYS}
     header = {"__metadata__": dict(sorted({**metadata, "format": "pt"}.items()))}
     offsets = list(itertools.accumulate((output[3] for output in outputs), initial=0))
