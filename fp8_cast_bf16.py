@@ -19,28 +19,37 @@ by the windows in flight, however large a tensor is.
 import argparse
 import ctypes
 import errno
+import filecmp
 import fnmatch
 import functools
+import gc
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import shutil
+import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 with warnings.catch_warnings():  # torch regrets the absence of numpy, which nothing here needs
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
@@ -51,6 +60,7 @@ import kernel
 from kernel import CODECS, FLOATS, Grid
 
 INDEX_NAME = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 CONFIG_NAME, PARAMS_NAME = "config.json", "params.json"  # the second is Mistral's own
 # What says in a config, at any depth, or in a shard's metadata that the weights are quantized.
 QUANTIZATION_KEYS = ["quantization_config", "compression_config", "_quantization_metadata"]
@@ -62,7 +72,7 @@ QUANTIZATION_FILES = ["hf_quant_config.json", "quantization_config.json"]
 EDITED_FILES = [INDEX_NAME, CONFIG_NAME, PARAMS_NAME]
 INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32"}  # in which other formats pack weights
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pth", "*.gguf"]
-WEIGHT_FILES += ["*.h5", "*.msgpack"]
+WEIGHT_FILES += ["*.h5", "*.msgpack", "*.tmp"]
 TOOL_FOLDERS = [".git", ".cache"]
 # The order in which safetensors' own writer lays out tensors: larger elements first, so that every
 # tensor is aligned to its element size. Within a dtype they stand by name.
@@ -121,11 +131,18 @@ REFUSED_WITH = {"bitmask": "compressed", "_blocks": "_scales"}
 REFUSED_NAME = re.compile("|".join(f"({pattern})" for pattern in REFUSED))
 
 MISSING_SCALE = ["keep", "cast", "error"]
+JSON_LIMIT = 100_000_000  # bytes of an index or a config: what safetensors allows a header
+SMALL_LIMIT = 16 << 20  # bytes of tensors that are read to plan: zero points, orders, notes
 PAGE = 4096  # the alignment that direct I/O asks of offsets, lengths and memory
 WINDOW = 16 << 20
+WORKER_MEMORY = 3 * WINDOW // 2 + (2 << 20)  # bytes: buffers, and what the CPU's decoding takes
 TEMPORARY_SUFFIX = ".tmp"
+PROBE = "fp8_cast_bf16"  # a temporary file that finds out how to write
+MESSAGE_LIMIT = 2000  # characters
 OPEN_FILES = 8  # that a worker holds open: its shard and those in which scales stand
-PHASES = ["reading", "decoding", "writing"]
+SAMPLE, SAMPLES = 1024, 4  # bytes, and how many such ranges of a tensor a resumed run compares
+PHASES = ["reading", "decoding", "writing", "syncing"]
+SPECIALS = ["NaN", "infinite"]
 
 
 class CheckpointError(Exception):
@@ -140,6 +157,11 @@ def naming(path: Path):
     except OSError as error:
         error.filename = error.filename or str(path)
         raise
+
+
+@functools.cache  # 100,000 tensors stand in a few shards and are called one of a few leaves
+def matches(pattern: re.Pattern, text: str) -> re.Match | None:
+    return pattern.fullmatch(text)
 
 
 # --- checkpoint: where every tensor's bytes are ---
@@ -173,17 +195,47 @@ class Checkpoint:
     params: dict | None
 
 
-def read_json(path: Path) -> dict | None:
-    """Return the JSON object in a file, None where there is no such file."""
-    if not os.path.lexists(path):
-        return None
+def is_plain(path: Path, root: Path) -> bool:
+    """Return whether a path is a file of the checkpoint, not a pipe or a link out of it.
+
+    A link may lead to a private file, which must not end up in an output that gets published. A
+    Hugging Face cache keeps the files of a snapshot as links into its own `blobs`: those count.
+    """
+    root = root.resolve()
+    inside = [root, *(p.parent / "blobs" for p in root.parents if p.name == "snapshots")]
+    return path.is_file() and any(path.resolve().is_relative_to(folder) for folder in inside)
+
+
+def parse_json(path: Path, text: bytes) -> dict:
+    """Return the JSON object that is the text of a file, or of a part of it."""
+
+    def unique(pairs):
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            seen = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise ValueError(f"{twice} stands there twice")
+        return value
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(text.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds no JSON object; download it again")
     return value
+
+
+def read_json(path: Path) -> dict | None:
+    """Return the JSON object in a file, None where there is no such file."""
+    if not os.path.lexists(path):
+        return None
+    if not is_plain(path, path.parent):
+        raise CheckpointError(f"{path}: is no file of the checkpoint itself: a link to nothing "
+                              "or elsewhere, or a device; put the file there")
+    if (size := path.stat().st_size) > JSON_LIMIT:
+        raise CheckpointError(f"{path}: has {size} bytes; expected at most {JSON_LIMIT}")
+    return parse_json(path, path.read_bytes())
 
 
 def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
@@ -202,14 +254,15 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
             raise
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
+        header = parse_json(path, file.read(size))
     metadata = header.pop("__metadata__", None) or {}
     tensors = []
     for name, entry in header.items():
         module, _, leaf = name.rpartition(".")
         start, stop = entry["data_offsets"]
         span = 8 + size + start, 8 + size + stop
-        tensors.append(Tensor(name, module, leaf, entry["dtype"], tuple(entry["shape"]), path, *span))
+        kind = entry["dtype"], tuple(entry["shape"])
+        tensors.append(Tensor(name, module, leaf, *kind, path, *span))
     return metadata, tensors
 
 
@@ -220,7 +273,7 @@ def find_shards(root: Path, index: dict | None) -> list[str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{root / INDEX_NAME}: has no weight_map; download it again")
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+            if not (isinstance(shard, str) and matches(SHARD_NAME, shard)):
                 where = f"{root / INDEX_NAME}: puts {name} into {shard!r}"
                 raise CheckpointError(f"{where}; expected a *.safetensors file beside it")
         return sorted(set(weight_map.values()))
@@ -241,20 +294,20 @@ def load_checkpoint(root: Path) -> Checkpoint:
     if not root.is_dir():
         raise CheckpointError(f"{root}: no such folder; give the checkpoint's folder")
     index = read_json(root / INDEX_NAME)
-    shards, found = {}, {}
+    shards, tensors, holders = {}, {}, {}
     for shard in find_shards(root, index):
         shards[shard], members = read_header(root / shard)
         for tensor in members:
-            found.setdefault(tensor.name, []).append(tensor)
+            if tensors.setdefault(tensor.name, tensor) is not tensor:
+                holders.setdefault(tensor.name, [tensors[tensor.name]]).append(tensor)
     weight_map = index["weight_map"] if index else {}
-    for name, holders in found.items():
-        if len(holders) > 1:
-            holders[:] = [t for t in holders if t.path.name == weight_map.get(name)] or holders
-        if len(holders) > 1:
-            raise CheckpointError(f"{holders[1].path}: {name} stands in {holders[0].path.name} too "
+    for name, rivals in holders.items():
+        meant = [tensor for tensor in rivals if tensor.path.name == weight_map.get(name)]
+        if not meant:
+            raise CheckpointError(f"{rivals[1].path}: {name} stands in {rivals[0].path.name} too "
                                   "and no index says which counts; remove the file that is not "
                                   "part of the checkpoint")
-    tensors = {name: holders[0] for name, holders in found.items()}
+        tensors[name] = meant[0]
     for name, shard in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{root / shard}: {name} is not there; {INDEX_NAME} names it")
@@ -483,6 +536,9 @@ def comfy_codes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def read_small(tensor: Tensor) -> bytes:
+    if (size := tensor.stop - tensor.start) > SMALL_LIMIT:
+        raise CheckpointError(f"{tensor.path}: {tensor.name} has {size} bytes; expected at most "
+                              f"{SMALL_LIMIT}")
     with naming(tensor.path), open(tensor.path, "rb") as file:
         file.seek(tensor.start)
         return file.read(tensor.stop - tensor.start)
@@ -493,7 +549,7 @@ def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantizati
     quantizations, consumed, outputs = {}, set(), set(tensors)
     candidates = [t for t in tensors.values() if t.dtype in kernel.WEIGHT_DTYPES]
     leaves = {tensor.leaf for tensor in tensors.values()}
-    kinds = {kind: [end for end in ends if any(leaf.endswith(end.split(".")[-1]) for leaf in leaves)]
+    kinds = {kind: [end for end in ends if any(s.endswith(end.split(".")[-1]) for s in leaves)]
              for kind, ends in SCALE_NAMES.items()}
     # What is named like a scale comes last: it is a weight only if no weight has used it.
     for weight in sorted(candidates, key=lambda t: bool(matches(SCALE_LEAF, t.leaf))):
@@ -514,11 +570,6 @@ def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantizati
             raise CheckpointError(f"{weight.path}: {weight.name} becomes {name}, which exists too")
         outputs.add(name)
     return quantizations, consumed
-
-
-@functools.cache  # of 100,000 tensors nearly all are called one of a few leaves
-def matches(pattern: re.Pattern, leaf: str) -> re.Match | None:
-    return pattern.fullmatch(leaf)
 
 
 def output_name(weight: Tensor) -> str:
@@ -664,7 +715,10 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class Worker:
-    """What one thread needs to render windows: buffers, open files, a GPU stream, and counts."""
+    """What one thread needs to render windows: buffers, open files, a GPU stream, and counts.
+
+    specials: how many values of a weight are of one of the kinds SPECIALS.
+    """
 
     def __init__(self, device: torch.device, window: int):
         pinned = device.type == "cuda"
@@ -673,13 +727,19 @@ class Worker:
         self.codes = page_aligned(window // 2, pinned)
         self.out = page_aligned(window, pinned)
         self.files = {}
-        self.nans = 0
+        self.specials = Counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def timed(self, phase: str):
+        began = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - began
 
     def read(self, path: Path, start: int, into: torch.Tensor) -> None:
         """Fill a CPU tensor with the bytes of a file from `start` on."""
-        began, view = time.perf_counter(), as_bytes(into)
-        with naming(path):
+        view = as_bytes(into)
+        with self.timed("reading"), naming(path):
             if path not in self.files:
                 if len(self.files) == OPEN_FILES:
                     self.close()
@@ -691,19 +751,54 @@ class Worker:
                 if not count:
                     raise CheckpointError(f"{path}: ends at byte {file.tell()}; it was cut")
                 view = view[count:]
-        self.seconds["reading"] += time.perf_counter() - began
 
     def read_scale(self, scale: Tensor, first: int, count: int) -> torch.Tensor:
-        """Return `count` scales from the one numbered `first` on, float32, on the device."""
+        """Return `count` scales from the one numbered `first` on, uint8, as they are stored."""
         size = (scale.stop - scale.start) // math.prod(scale.shape)
         raw = torch.empty(count * size, dtype=torch.uint8)
         self.read(scale.path, scale.start + first * size, raw)
-        return kernel.widen_scales(raw.to(self.device), scale.dtype)
+        return raw
 
     def close(self) -> None:
         for file in self.files.values():
             file.close()
         self.files.clear()
+
+
+def run_workers(doing: str, pool: list[Worker], tasks: Iterator[tuple], work: Callable,
+                total: int) -> None:
+    """Let every worker, a thread each, take tasks until there are none or one of them has failed.
+
+    A task is a shard and what `work` takes after the worker and the shard; work returns how many
+    of `total` bytes are done.
+    """
+    lock, stopped = threading.Lock(), threading.Event()
+    bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)
+
+    def loop(worker: Worker) -> None:
+        torch.set_num_threads(1)  # the workers are the threads
+        torch.set_flush_denormal(False)
+        while True:
+            with lock:
+                task = None if stopped.is_set() else next(tasks, None)
+            if task is None:
+                break
+            done = work(worker, *task)
+            with lock:
+                bar.set_description(f"{doing} {task[0].name}", refresh=False)
+                bar.update(done)
+
+    threads, executor = torch.get_num_threads(), ThreadPoolExecutor(len(pool))
+    try:
+        for future in as_completed([executor.submit(loop, worker) for worker in pool]):
+            future.result()
+    finally:
+        stopped.set()
+        executor.shutdown()
+        bar.close()
+        torch.set_num_threads(threads)
+        for worker in pool:
+            worker.close()
 
 
 def render(shard: Shard, start: int, stop: int, worker: Worker) -> torch.Tensor:
@@ -734,15 +829,17 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
     out = out.view(torch.bfloat16)
     with torch.cuda.stream(worker.stream):
         scales = read_scales(quantization, start, stop, worker)
-        began = time.perf_counter()
-        codes = codes.to(worker.device, non_blocking=True)
-        values = out if worker.stream is None else torch.empty_like(out, device=worker.device)
-        codec = quantization.codes, quantization.grid, start
-        nans = kernel.dequantize(codes, scales, values, *codec)
-        if values is not out:
-            out.copy_(values, non_blocking=True)
-        worker.nans += nans.item()  # waits for the stream, so the buffers are free again
-    worker.seconds["decoding"] += time.perf_counter() - began
+        with worker.timed("decoding"):
+            codes = codes.to(worker.device, non_blocking=True)
+            values = out if worker.stream is None else torch.empty_like(out, device=worker.device)
+            codec = quantization.codes, quantization.grid, start
+            counts = kernel.dequantize(codes, scales, values, *codec)
+            if values is not out:
+                out.copy_(values, non_blocking=True)
+            counts = counts.tolist()  # waits for the stream, so the buffers are free again
+    for kind, count in zip(SPECIALS, counts, strict=True):
+        if count:
+            worker.specials[step.name, kind] += count
 
 
 def read_scales(quantization: Quantization, start: int, stop: int, worker: Worker) -> torch.Tensor:
@@ -756,11 +853,16 @@ def read_scales(quantization: Quantization, start: int, stop: int, worker: Worke
     grid, second = quantization.grid, quantization.second
     row, row_end, col, col_end = grid.scale_region(start, stop)
     count = (row_end - row) * (col_end - col)
-    scales = worker.read_scale(quantization.scale, row * grid.scale_shape[1] + col, count)
+
+    def widened(scale: Tensor, first: int, count: int) -> torch.Tensor:
+        raw = worker.read_scale(scale, first, count).to(worker.device)
+        return kernel.widen_scales(raw, scale.dtype)
+
+    scales = widened(quantization.scale, row * grid.scale_shape[1] + col, count)
     scales = scales.view(row_end - row, col_end - col)
     if second is None:
         return scales
-    factors = worker.read_scale(second, 0, math.prod(second.shape))
+    factors = widened(second, 0, math.prod(second.shape))
     if len(factors) > 1:
         rows = torch.arange(row, row_end, device=worker.device)
         factors = factors[rows // grid.scale_rows_per_part]
@@ -777,18 +879,16 @@ def direct_flag(root: Path) -> int:
     Direct writes skip the page cache, which a file larger than memory only slows down. Where they
     are refused (tmpfs, some network file systems, other than Linux), plain writes do the same.
     """
-    flag = getattr(os, "O_DIRECT", 0)
-    number, probe = tempfile.mkstemp(dir=root, suffix=TEMPORARY_SUFFIX)
-    os.close(number)
+    flag, probe = getattr(os, "O_DIRECT", 0), temporary(root / PROBE)
     try:
-        with naming(root), open_output(Path(probe), flag) as file:
+        with naming(probe), open_output(probe, flag | os.O_CREAT) as file:
             file.write(as_bytes(page_aligned(PAGE, False)))
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
         flag = 0
     finally:
-        os.unlink(probe)
+        probe.unlink(missing_ok=True)
     return flag
 
 
@@ -801,37 +901,43 @@ def open_output(path: Path, flags: int = 0):
     return open(path, "r+b", 0, opener=lambda name, mode: os.open(name, mode | flags, 0o666))
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, where the system can."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            with naming(folder):
+                os.fsync(number)
+        finally:
+            os.close(number)
+
+
 class Output:
     """The shards being written. Windows come in any order; a shard gets its name with the last."""
 
-    def __init__(self, plan: Plan, root: Path, window: int):
+    def __init__(self, shards: list[Shard], root: Path, window: int):
         self.root = root
         self.direct = direct_flag(root)
         self.lock = threading.Lock()
-        self.stopped = False
         self.unwritten = {}  # windows left of each shard that has been begun
-        self.windows = self._windows(plan, window)
+        self.windows = self._windows(shards, window)
 
-    def _windows(self, plan: Plan, window: int) -> Iterator[tuple[Shard, int, int]]:
-        for shard in plan.shards:
+    def _windows(self, shards: list[Shard], window: int) -> Iterator[tuple[Shard, int, int]]:
+        for shard in shards:
             starts = range(0, shard.size, window)
             self.unwritten[shard.name] = len(starts)
             path = temporary(self.root / shard.name)
-            with naming(path), open(path, "wb") as file:
+            with naming(path), open(path, "wb", 0) as file:
                 file.truncate(shard.size)
             for start in starts:
                 yield shard, start, min(start + window, shard.size)
 
-    def take(self) -> tuple[Shard, int, int] | None:
-        """Return the next window that nobody has taken, None when there is none."""
-        with self.lock:
-            return None if self.stopped else next(self.windows, None)
-
-    def write(self, shard: Shard, start: int, stop: int, buffer: torch.Tensor) -> None:
-        """Write a window, the start of `buffer`. What fills its last page is cut off at the end."""
-        view = as_bytes(buffer)[: -(-(stop - start) // PAGE) * PAGE]
+    def write(self, worker: Worker, shard: Shard, start: int, stop: int) -> int:
+        """Render a window and write it. What fills its last page is cut off at the end."""
+        render(shard, start, stop, worker)
+        view = as_bytes(worker.out)[: -(-(stop - start) // PAGE) * PAGE]
         path = temporary(self.root / shard.name)
-        with naming(path), open_output(path, self.direct) as file:
+        with worker.timed("writing"), naming(path), open_output(path, self.direct) as file:
             file.seek(start)
             while view:
                 view = view[file.write(view) :]
@@ -839,11 +945,12 @@ class Output:
             self.unwritten[shard.name] -= 1
             whole = not self.unwritten[shard.name]
         if whole:
-            with naming(path), open_output(path) as file:
+            with worker.timed("syncing"), naming(path), open_output(path) as file:
                 file.truncate(shard.size)
                 os.fsync(file.fileno())
             os.replace(path, self.root / shard.name)
             del self.unwritten[shard.name]
+        return stop - start
 
     def discard(self) -> None:
         """Remove the shards that are not whole."""
@@ -851,73 +958,64 @@ class Output:
             temporary(self.root / name).unlink(missing_ok=True)
 
 
-def write_shards(plan: Plan, root: Path, device: torch.device, workers: int,
-                 window: int) -> list[Worker]:
-    """Write every shard of a plan into the folder `root`; return the workers for their counts."""
-    output = Output(plan, root, window)
-    bar = tqdm(total=plan.size, unit="B", unit_scale=True, disable=None)
-    pool = [Worker(device, window) for _ in range(workers)]
-
-    def work(worker: Worker) -> None:
-        torch.set_num_threads(1)  # the workers are the threads
-        torch.set_flush_denormal(False)
-        while taken := output.take():
-            shard, start, stop = taken
-            render(shard, start, stop, worker)
-            began = time.perf_counter()
-            output.write(shard, start, stop, worker.out)
-            worker.seconds["writing"] += time.perf_counter() - began
-            with output.lock:
-                bar.set_description(shard.name, refresh=False)
-                bar.update(stop - start)
-
-    threads, executor = torch.get_num_threads(), ThreadPoolExecutor(workers)
+def write_shards(shards: list[Shard], root: Path, pool: list[Worker], window: int) -> None:
+    """Write shards into the folder `root`, each under its name once it is whole."""
+    output = Output(shards, root, window)
     try:
-        for done in as_completed([executor.submit(work, worker) for worker in pool]):
-            done.result()
+        size = sum(shard.size for shard in shards)
+        run_workers("writing", pool, output.windows, output.write, size)
     finally:
-        output.stopped = True
-        executor.shutdown()
         output.discard()
-        bar.close()
-        torch.set_num_threads(threads)
-        for worker in pool:
-            worker.close()
-    return pool
+    sync_folder(root)
+
+
+# --- resume: the shards of an earlier run that can stay ---
+
+
+def find_done(plan: Plan, out: Path, workers: int) -> set[str]:
+    """Return the names of shards in the output that are as planned.
+
+    Their header must be the planned one, and SAMPLES ranges of every tensor, the first and the last
+    bytes among them, those that rendering gives: checkpoints of one model have the same headers.
+    """
+    found = [shard for shard in plan.shards if has_header(out / shard.name, shard)]
+    done = {shard.name for shard in found}
+    if not found:
+        return done
+
+    def check(worker: Worker, shard: Shard, steps: list[Step]) -> int:
+        for step in steps:
+            for start, stop in samples(step.start, step.stop) if shard.name in done else ():
+                written = worker.codes[: stop - start]
+                rendered = render(shard, start, stop, worker)
+                worker.read(out / shard.name, start, written)
+                if not torch.equal(written, rendered):
+                    done.discard(shard.name)
+        return sum(step.stop - step.start for step in steps)
+
+    tasks = ((shard, shard.steps[at : at + 100]) for shard in found
+             for at in range(0, len(shard.steps), 100))
+    pool = [Worker(torch.device("cpu"), 4 * SAMPLE) for _ in range(workers)]
+    run_workers("checking", pool, tasks, check, sum(shard.size for shard in found))
+    return done
+
+
+def has_header(path: Path, shard: Shard) -> bool:
+    """Return whether a file has a shard's size and begins with its header."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.size:
+        return False
+    with naming(path), open(path, "rb") as file:
+        return file.read(len(shard.header)) == shard.header
+
+
+def samples(start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the ranges of a tensor's bytes that are compared, all multiples of 8 but the end."""
+    last = max(0, stop - start - SAMPLE)
+    starts = {start + last * part // (SAMPLES - 1) // 8 * 8 for part in range(SAMPLES)}
+    return [(begin, min(begin + SAMPLE + 8, stop)) for begin in sorted(starts)]
 
 
 # --- publish: the files beside the shards; config and index last, which say that all is there ---
-
-
-def side_files(root: Path) -> tuple[list[str], list[str]]:
-    """Return the files beside the shards, relative to root: those to copy and those to leave out.
-
-    Left out are weight files and whatever is no plain file inside the checkpoint. A Hugging Face
-    cache keeps the files of a snapshot as links into its own `blobs`, which count as inside.
-    """
-    inside = [root.resolve()]
-    inside += [p.parent / "blobs" for p in root.resolve().parents if p.name == "snapshots"]
-    copied, left_out = [], []
-    for folder, folders, names in os.walk(root, onerror=raise_error):
-        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        folders[:] = sorted(name for name in folders if name not in TOOL_FOLDERS)
-        for name in sorted(names + linked):
-            path = Path(folder, name)
-            relative = path.relative_to(root).as_posix()
-            if relative in EDITED_FILES + QUANTIZATION_FILES:
-                continue
-            plain = path.is_file() and any(path.resolve().is_relative_to(place) for place in inside)
-            if any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES) or not plain:
-                left_out.append(relative)
-            elif not os.access(path, os.R_OK):
-                raise CheckpointError(f"{path}: may not be read; it would be missing in the output")
-            else:
-                copied.append(relative)
-    return copied, left_out
-
-
-def raise_error(error: OSError) -> None:
-    raise error
 
 
 def bf16_config(value):
@@ -960,33 +1058,340 @@ def bf16_texts(plan: Plan) -> dict[str, str]:
         raise CheckpointError(f"{plan.checkpoint.root}: a JSON file there is too deep") from error
 
 
-def prepare(plan: Plan, out: Path) -> None:
-    """Make the output folder, and clear it of what would make loaders take it for complete."""
-    out.mkdir(parents=True, exist_ok=True)
+@dataclass(frozen=True)
+class Extras:
+    """What stands beside the shards: files of the input to copy or to leave out, edited texts."""
+
+    copied: list[str]
+    left_out: list[str]
+    texts: dict[str, str]
+
+
+def find_extras(plan: Plan) -> Extras:
+    """Decide what becomes of the files beside the shards, which are named relative to the root.
+
+    Left out are weight files, unfinished files, and what is no plain file of the checkpoint.
+    """
+    copied, left_out, root = [], [], plan.checkpoint.root
+    for folder, folders, names in os.walk(root, onerror=raise_error):
+        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
+        folders[:] = sorted(name for name in folders if name not in TOOL_FOLDERS)
+        for name in sorted(names + linked):
+            path = Path(folder, name)
+            relative = path.relative_to(root).as_posix()
+            if relative in EDITED_FILES + QUANTIZATION_FILES or relative in plan.checkpoint.shards:
+                continue
+            unwanted = any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES)
+            if unwanted or not is_plain(path, root):
+                left_out.append(relative)
+            elif not os.access(path, os.R_OK):
+                raise CheckpointError(f"{path}: may not be read; it would be missing in the output")
+            else:
+                copied.append(relative)
+    return Extras(copied, left_out, bf16_texts(plan))
+
+
+def raise_error(error: OSError) -> None:
+    raise error
+
+
+def find_stale(plan: Plan, out: Path, done: set[str], extras: Extras) -> list[Path]:
+    """Return what must go from an output folder, what makes loaders take it for complete first.
+
+    That is index and configs, shards that are not as planned, and what a killed run has left.
+    """
+    shards = [shard.name for shard in plan.shards]
+    names = EDITED_FILES + QUANTIZATION_FILES + [name for name in shards if name not in done]
+    paths = [out / name for name in names]
+    paths += [temporary(out / name) for name in [PROBE, *EDITED_FILES, *shards, *extras.copied]]
+    return [path for path in paths if os.path.lexists(path)]
+
+
+def is_complete(plan: Plan, out: Path, done: set[str], extras: Extras) -> bool:
+    """Return whether an output has all that it should have, and nothing that must go."""
+    root, texts = plan.checkpoint.root, extras.texts
+    return (
+        len(done) == len(plan.shards)
+        and {*find_stale(plan, out, done, extras)} == {out / name for name in texts}
+        and all((out / name).read_bytes() == text.encode() for name, text in texts.items())
+        and all((out / name).is_file() and filecmp.cmp(root / name, out / name, shallow=False)
+                for name in extras.copied)
+    )
+
+
+def measure_space(plan: Plan, out: Path, done: set[str], extras: Extras) -> tuple[int, int]:
+    """Return the bytes that are still to be written, and those free for them.
+
+    Raises CheckpointError where the output cannot be made, whatever its size.
+    """
     ours = {shard.name for shard in plan.shards}
     if others := sorted(path.name for path in out.glob("*.safetensors") if path.name not in ours):
         raise CheckpointError(f"{out}: holds {', '.join(others)}, which this checkpoint has not; "
                               "give another folder")
-    for name in EDITED_FILES + QUANTIZATION_FILES:
-        (out / name).unlink(missing_ok=True)
+    folder = out.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{folder}: is no folder that may be written to; give another output")
+    sizes = [shard.size for shard in plan.shards if shard.name not in done]
+    sizes += [(plan.checkpoint.root / name).stat().st_size for name in extras.copied]
+    sizes += [len(text.encode()) for text in extras.texts.values()]
+    stale = [path.lstat() for path in find_stale(plan, out, done, extras)]
+    freed = sum(getattr(status, "st_blocks", 0) * 512 for status in stale)
+    needed = sum(-(-size // PAGE) * PAGE for size in sizes)
+    return needed, shutil.disk_usage(folder).free + freed
 
 
-def publish(root: Path, out: Path, copied: list[str], texts: dict[str, str]) -> None:
+@contextmanager
+def locked(folder: Path):
+    """Keep other runs out of a folder, where the system and the file system know locks."""
+    if fcntl is None:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(number)
+        raise CheckpointError(f"{folder}: another run is writing there; let it end") from error
+    except OSError:  # some network file systems know no locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(number)
+
+
+def write_whole(path: Path, content: str | Path) -> None:
+    """Give a file new content, a text or that of another file, at once or not at all."""
+    try:
+        with naming(path), open(temporary(path), "wb") as file:
+            if isinstance(content, Path):
+                with naming(content), open(content, "rb") as original:
+                    shutil.copyfileobj(original, file)
+            else:
+                file.write(content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary(path), path)  # never into what a link at this name leads to
+    except BaseException:
+        temporary(path).unlink(missing_ok=True)
+        raise
+
+
+def publish(root: Path, out: Path, extras: Extras) -> None:
     """Complete the output around its shards: files of the input, then those that are edited."""
-    for relative in copied:
+    folders = {out}
+    for relative in extras.copied:
         target = out / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.parent.resolve().is_relative_to(out.resolve()):
             raise CheckpointError(f"{target.parent}: is a link out of the output; remove it")
-        shutil.copyfile(root / relative, temporary(target))  # never into what target links to
-        os.replace(temporary(target), target)
-    for name, text in texts.items():
-        path = temporary(out / name)
-        with naming(path), open(path, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path, out / name)
+        write_whole(target, root / relative)
+        folders |= {folder for folder in target.parents if folder.is_relative_to(out)}
+    for folder in sorted(folders):
+        sync_folder(folder)
+    for name, text in extras.texts.items():
+        write_whole(out / name, text)
+    sync_folder(out)
+
+
+# --- verify: an output against its input, by torch's own casts and nothing of the kernel ---
+
+REFERENCE_CHUNK = 1 << 19  # elements: all that a worker then has in hand stays in its cache
+REFERENCE_DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8}
+REFERENCE_SCALES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+                    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+                    "U8": torch.float8_e8m0fnu}
+
+
+@functools.cache
+def reference_pairs(codes: str) -> torch.Tensor:
+    """Return the values of two codes, two float32 in an int64 each.
+
+    FP4 pairs stand in the order of their byte, others in that of the int16 that they make. They
+    come from torch's cast, which is several times slower than to look its results up.
+    """
+    if codes != "E2M1":
+        both = torch.arange(-0x8000, 0x8000).to(torch.int16)
+        return both.view(REFERENCE_DTYPES[codes]).float().view(torch.int64)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values, byte = torch.cat([values, -values]), torch.arange(256)
+    return torch.stack([values[byte & 15], values[byte >> 4]], 1).view(torch.int64).flatten()
+
+
+def chunks(step: Step) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a tensor into (row, col, M, N) rectangles: whole rows, or a part of one.
+
+    Elements of a weight that was quantized, bytes of others, which count as a single row.
+    """
+    rows, cols = 1, step.stop - step.start
+    if step.quantization:
+        rows, cols = step.quantization.grid.rows, step.quantization.grid.cols
+    if rows * cols == 0:
+        return
+    height, width = max(1, REFERENCE_CHUNK // cols), min(cols, REFERENCE_CHUNK)
+    for row in range(0, rows, height):
+        for col in range(0, cols, width):
+            yield row, col, min(height, rows - row), min(width, cols - col)
+
+
+def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
+    """Return a rectangle of a dequantized weight, (M, N) bfloat16."""
+    codes, _, scale, grid, _ = step.quantization
+    start, per_byte = row * grid.cols + col, 2 if codes == "E2M1" else 1
+    size = M * N // per_byte
+    raw = torch.empty(size + size % 2, dtype=torch.uint8)
+    worker.read(step.source.path, step.source.start + start // per_byte, raw[:size])
+    index = raw if codes == "E2M1" else raw.view(torch.int16)
+    index = index.to(torch.int32) + (0 if codes == "E2M1" else 0x8000)
+    pairs = reference_pairs(codes).index_select(0, index)
+    values = pairs.view(torch.float32)[: M * N].view(M, N)
+    if scale is not None:
+        values *= reference_scales(step.quantization, row, col, M, N, worker)
+    return values.bfloat16()
+
+
+def reference_scales(quantization: Quantization, row: int, col: int, M: int, N: int,
+                     worker: Worker) -> torch.Tensor:
+    """Return the scale of each element of a rectangle, (M, N) or (M, 1) float32."""
+    _, _, scale, grid, second = quantization
+
+    def read(tensor: Tensor, first: int, count: int) -> torch.Tensor:
+        return worker.read_scale(tensor, first, count).view(REFERENCE_SCALES[tensor.dtype]).float()
+
+    rows, cols = torch.arange(row, row + M), torch.arange(col, col + N) // grid.block_cols
+    part, per_part = rows // grid.part, -(-grid.part // grid.block_rows)
+    rows = part * per_part + rows % grid.part // grid.block_rows
+    width = -(-grid.cols // grid.block_cols)
+    first_row, first_col = rows[0].item(), cols[0].item()
+    height, taken = rows[-1].item() + 1 - first_row, cols[-1].item() + 1 - first_col
+    scales = read(scale, first_row * width + first_col, height * taken).view(height, taken)
+    if second is not None:
+        factors = read(second, 0, math.prod(second.shape))
+        if len(factors) > 1:
+            factors = factors[torch.arange(first_row, first_row + height) // per_part]
+        factors = factors.view(-1, 1)
+        scales = scales / factors if second.name.endswith("global_scale") else scales * factors
+    wide = scales if width == 1 else scales.index_select(1, cols - first_col)
+    return wide.index_select(0, rows - first_row)
+
+
+def find_differences(plan: Plan, out: Path, texts: dict[str, str], workers: int) -> list[str]:
+    """Return in what an output, whoever made it, is not the plan's: a line for each difference.
+
+    How tensors are spread over shards is free, and so are the order and padding of headers and the
+    payload of a NaN.
+    """
+    result = load_checkpoint(out)
+    planned = {step.name: step for shard in plan.shards for step in shard.steps}
+    found = [f"{name}: is missing" for name in planned if name not in result.tensors]
+    found += [f"{name}: is not expected, in {tensor.path.name}"
+              for name, tensor in result.tensors.items() if name not in planned]
+    comparable = {}
+    for name, tensor in result.tensors.items():
+        if name in planned:
+            step = planned[name]
+            expected = step.source.dtype, step.source.shape
+            if step.quantization:
+                expected = "BF16", step.quantization.shape
+            if expected == (tensor.dtype, tensor.shape):
+                comparable[name] = tensor
+            else:
+                found.append(f"{name}: is {tensor.dtype} {list(tensor.shape)}, expected "
+                             f"{expected[0]} {list(expected[1])}")
+    found += differing_texts(result, texts)
+    first, lock = {}, threading.Lock()  # the first difference of each tensor
+
+    def compare(worker: Worker, shard: Shard, step: Step, rectangle: tuple[int, ...]) -> int:
+        difference = compare_chunk(step, comparable[step.name], rectangle, worker)
+        if difference:
+            with lock:
+                first[step.name] = min(first.get(step.name, difference), difference)
+        return math.prod(rectangle[2:]) * (2 if step.quantization else 1)
+
+    tasks = ((shard, step, rectangle) for shard in plan.shards for step in shard.steps
+             if step.name in comparable for rectangle in chunks(step) if step.name not in first)
+    pool = [Worker(torch.device("cpu"), 0) for _ in range(workers)]
+    run_workers("verifying", pool, tasks, compare, plan.size)
+    for name, (element, got, expected) in sorted(first.items()):
+        place = []
+        for size in reversed(comparable[name].shape):
+            element, at = divmod(element, size)
+            place.insert(0, at)
+        found.append(f"{name}: element {place} is {got}, expected {expected}")
+    return found
+
+
+def compare_chunk(step: Step, tensor: Tensor, rectangle: tuple[int, ...],
+                  worker: Worker) -> tuple[int, str, str] | None:
+    """Return the first element that differs in a part of a tensor, and how both read, or None."""
+    row, col, M, N = rectangle
+    if step.quantization is None:
+        size = step.stop - step.start
+        element = size // max(1, math.prod(tensor.shape)) or 1
+        got, expected = (torch.empty(N, dtype=torch.uint8) for _ in range(2))
+        worker.read(tensor.path, tensor.start + col, got)
+        worker.read(step.source.path, step.source.start + col, expected)
+        if torch.equal(in_words(got), in_words(expected)):
+            return None
+        at = (got != expected).nonzero()[0].item() // element * element
+        values = (bytes(data[at : at + element].tolist()[::-1]).hex() for data in (got, expected))
+        return (col + at) // element, *(f"0x{value}" for value in values)
+    start = row * step.quantization.grid.cols + col
+    got = torch.empty(2 * M * N, dtype=torch.uint8)
+    worker.read(tensor.path, tensor.start + 2 * start, got)
+    expected = reference(step, row, col, M, N, worker).flatten()
+    if torch.equal(in_words(got), in_words(expected.view(torch.uint8))):
+        return None
+    got = got.view(torch.bfloat16)
+    differs = got.view(torch.int16) != expected.view(torch.int16)
+    places = (differs & ~(got.isnan() & expected.isnan())).nonzero()
+    if not len(places):
+        return None
+    at = places[0].item()
+    return start + at, str(got[at].item()), str(expected[at].item())
+
+
+def in_words(data: torch.Tensor) -> torch.Tensor:
+    """Return bytes as int64, if they fill those, which compare faster."""
+    return data if len(data) % 8 else data.view(torch.int64)
+
+
+def differing_texts(result: Checkpoint, texts: dict[str, str]) -> Iterator[str]:
+    """Yield what is wrong with the index, the config and the parameters of an output."""
+    for name, value in ((CONFIG_NAME, result.config), (PARAMS_NAME, result.params)):
+        planned = json.loads(texts[name]) if name in texts else None
+        for place, got, expected in differing_values(value, planned):
+            yield f"{name}: {place or 'the file'} is {got}, expected {expected}"
+    if result.index is None and INDEX_NAME in texts:
+        yield f"{INDEX_NAME}: is missing"
+    if result.index is not None:
+        weight_map = result.index["weight_map"]
+        for name, tensor in result.tensors.items():
+            if weight_map.get(name) != tensor.path.name:
+                yield f"{INDEX_NAME}: has {name} not in {tensor.path.name}, where it is"
+        metadata = result.index.get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        size = sum(tensor.stop - tensor.start for tensor in result.tensors.values())
+        if total != size:
+            yield f"{INDEX_NAME}: total_size is {total}, expected {size}"
+
+
+def differing_values(got, expected, place: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield where two configs differ, and both values as JSON.
+
+    The dtype may go by either name, and which transformers wrote the config does not matter.
+    """
+    if isinstance(got, dict) and isinstance(expected, dict):
+        got, expected = ({DTYPE_KEYS[-1] if key in DTYPE_KEYS else key: value
+                          for key, value in config.items() if key != "transformers_version"}
+                         for config in (got, expected))
+        for key in dict.fromkeys([*expected, *got]):
+            inner = f"{place}.{key}" if place else key
+            yield from differing_values(got.get(key), expected.get(key), inner)
+    elif got != expected:
+        yield place, *(json.dumps(value)[:200] for value in (got, expected))
 
 
 # --- command line ---
@@ -1023,6 +1428,10 @@ def say(text: str) -> None:
     print(printable(text), flush=True)
 
 
+def sized(count: int) -> str:
+    return tqdm.format_sizeof(count, "B")
+
+
 def pick_device(name: str) -> tuple[torch.device, str]:
     """Return the device that an argument names, and why it is that one. Raises UsageError."""
     if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", name):
@@ -1046,75 +1455,208 @@ def pick_device(name: str) -> tuple[torch.device, str]:
     return device, torch.cuda.get_device_name(device)
 
 
-def check_folders(source: Path, out: Path) -> None:
-    """Raise UsageError unless input and output are apart, by whatever paths they are reached."""
+def check_folders(source: Path, out: Path, report: Path | None) -> None:
+    """Raise UsageError unless input, output and report are apart, by whatever paths they go."""
     for inner, outer in ((source, out), (out, source)):
         for folder in (inner.resolve(), *inner.resolve().parents):
             if folder == outer.resolve() or (
                 folder.exists() and outer.exists() and folder.samefile(outer)
             ):
                 raise UsageError(f"{out}: input and output must lie apart, neither in the other")
+    if report is not None:
+        folder = report.resolve().parent
+        if report.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+            raise UsageError(f"--report {report}: cannot be written there")
+        if any(folder.is_relative_to(place.resolve()) for place in (source, out)):
+            raise UsageError(f"--report {report}: give a path outside of input and output")
 
 
 def main(fp8_path: str | Path, bf16_path: str | Path, *, device: str = "auto",
-         workers: int | None = None, missing_scale: str = "keep") -> None:
+         workers: int | None = None, missing_scale: str = "keep", dry_run: bool = False,
+         verify: bool = False, report: str | Path | None = None) -> None:
     """Convert the FP8 checkpoint in one folder into a BF16 checkpoint in another.
 
     device: "auto", "cpu", "cuda" or "cuda:N". workers: threads, each with buffers of 1.5 windows;
     by default two per core, 4 to 16. missing_scale: "keep", "cast" or "error", as in make_plan.
+    dry_run: only print what would be done. verify: only compare an existing output with what it
+    should be. report: a file for a JSON record of it all.
 
-    Raises CheckpointError for what is wrong with the checkpoint, OSError for the disk, UsageError
-    for the arguments. Until it returns, the output holds no index and no config.
+    Raises CheckpointError for what is wrong with the checkpoint or a verified output, OSError for
+    the disk, UsageError for the arguments. Until all is there, the output holds no index and no
+    config.
     """
     began = time.perf_counter()
-    source, out = Path(fp8_path), Path(bf16_path)
+    source, out, report = Path(fp8_path), Path(bf16_path), Path(report) if report else None
     workers = min(16, max(4, 2 * (os.cpu_count() or 1))) if workers is None else workers
     if workers < 1:
         raise UsageError(f"--workers {workers}: expected a positive number")
     if missing_scale not in MISSING_SCALE:
         raise UsageError(f"--missing-scale {missing_scale}: expected {', '.join(MISSING_SCALE)}")
-    check_folders(source, out)
-    chosen, why = pick_device(device)
+    if dry_run and verify:
+        raise UsageError("--dry-run and --verify: expected one of them")
+    check_folders(source, out, report)
+    chosen, why = pick_device("cpu" if verify else device)
     say(f"Device: {chosen} ({why}), {workers} workers")
     plan = make_plan(load_checkpoint(source), missing_scale)
-    copied, left_out = side_files(source)
-    texts = bf16_texts(plan)
-    for tensor in plan.missing if missing_scale == "keep" else ():
-        say(f"Warning: Missing scale_inv tensor for {tensor.name}, skipping conversion")
-    prepare(plan, out)
-    pool = write_shards(plan, out, chosen, workers, WINDOW)
-    publish(source, out, copied, texts)
-    left_out = [name for name in left_out if name not in plan.checkpoint.shards]
-    report(plan, pool, left_out, missing_scale, time.perf_counter() - began)
+    extras = find_extras(plan)
+    record = describe(plan, extras, missing_scale)
+    tell_plan(record)
+    if verify:
+        record["differences"] = find_differences(plan, out, extras.texts, workers)
+        record["seconds"] = {}
+    else:
+        record |= convert(plan, out, extras, chosen, workers, dry_run)
+    record["seconds"]["total"] = time.perf_counter() - began
+    if report is not None:
+        options = {"input": str(source), "output": str(out), "device": str(chosen),
+                   "workers": workers, "missing_scale": missing_scale, "dry_run": dry_run,
+                   "verify": verify}
+        record = {"options": options, "versions": versions(), **record}
+        write_whole(report, json.dumps(record, indent=2) + "\n")
+    if verify:
+        tell_verified(record, out)
+    elif not dry_run:
+        tell_converted(record)
 
 
-def report(plan: Plan, pool: list[Worker], left_out: list[str], missing_scale: str,
-           seconds: float) -> None:
-    """Print what was done; the last line sums it up."""
+def convert(plan: Plan, out: Path, extras: Extras, device: torch.device, workers: int,
+            dry_run: bool) -> dict:
+    """Make the output of a plan, or what is missing of it; return a record of what was done."""
+    done = find_done(plan, out, workers)
+    needed, free = measure_space(plan, out, done, extras)
+    todo = [shard for shard in plan.shards if shard.name not in done]
+    pool, complete = [], is_complete(plan, out, done, extras)
+    if done:
+        say(f"Already there: {len(done)} of {len(plan.shards)} shards")
+    say(f"Space: {sized(0 if complete else needed)} to write, {sized(free)} free; memory: {workers}"
+        f" workers, {sized(WORKER_MEMORY)} each")
+    if needed > free and not complete:
+        raise CheckpointError(f"{out}: there is {sized(needed - free)} too little space for it; "
+                              "free some or give another output")
+    if not (complete or dry_run):
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            for path in find_stale(plan, out, done, extras):
+                path.unlink(missing_ok=True)
+            sync_folder(out)
+            if todo:
+                pool = [Worker(device, WINDOW) for _ in range(workers)]
+                write_shards(todo, out, pool, WINDOW)
+            publish(plan.checkpoint.root, out, extras)
+    specials = Counter()
+    for worker in pool:
+        specials.update(worker.specials)
+    return {
+        "shards_already_there": sorted(done),
+        "complete": complete,
+        "bytes_written": sum(shard.size for shard in todo) if pool else 0,
+        **{kind: {name: count for (name, what), count in sorted(specials.items()) if what == kind}
+           for kind in SPECIALS},
+        "seconds": {phase: sum(worker.seconds[phase] for worker in pool) for phase in PHASES},
+    }
+
+
+def describe(plan: Plan, extras: Extras, missing_scale: str) -> dict:
+    """Return what a plan does, as a record that JSON can hold."""
     steps = [step for shard in plan.shards for step in shard.steps]
-    dequantized = sum(step.quantization is not None for step in steps)
-    if left_out:
-        say(f"Left out, for they are other weights or no plain files: {', '.join(left_out)}")
-    if plan.missing:
-        fate = "kept in FP8" if missing_scale == "keep" else "cast with scale 1"
-        say(f"{len(plan.missing)} FP8 weights without a scale were {fate}:")
-        for tensor in plan.missing:
-            say(f"  {tensor.name}")
-    if plan.orphans:
-        say(f"Dropped scales of no weight: {', '.join(t.name for t in plan.orphans)}")
-    if nans := sum(worker.nans for worker in pool):
-        say(f"{nans} NaN values, from NaN codes or scales")
-    spent = {phase: sum(worker.seconds[phase] for worker in pool) for phase in PHASES}
-    read = sum(tensor.stop - tensor.start for tensor in plan.checkpoint.tensors.values())
-    say(f"Converted {len(plan.shards)} shards, {len(steps)} tensors: {dequantized} dequantized, "
-        f"{len(steps) - dequantized} copied, {len(plan.dropped)} scales dropped; "
-        f"{tqdm.format_sizeof(read, 'B')} in, {tqdm.format_sizeof(plan.size, 'B')} out, "
-        f"{seconds:.1f} s, {plan.size / seconds / 1e9:.2f} GB/s, most of it "
-        f"{max(spent, key=spent.get)}")
+    dequantized = [step.quantization for step in steps if step.quantization]
+    tensors = plan.checkpoint.tensors.values()
+    missing = [tensor.name for tensor in plan.missing]
+    return {
+        "input": {"shards": len(plan.checkpoint.shards), "tensors": len(tensors),
+                  "bytes": sum(tensor.stop - tensor.start for tensor in tensors)},
+        "output": {"shards": len(plan.shards), "tensors": len(steps), "bytes": plan.size},
+        "dequantized": dict(Counter(map(kind_of, dequantized)).most_common()),
+        "copied": len(steps) - len(dequantized),
+        "dropped": len(plan.dropped),
+        "dropped_scales_of_no_weight": [tensor.name for tensor in plan.orphans],
+        "kept_in_fp8": dict.fromkeys(missing, "no scale") if missing_scale == "keep" else {},
+        "cast_with_scale_1": missing if missing_scale == "cast" else [],
+        "files_left_out": extras.left_out,
+    }
+
+
+def kind_of(quantization: Quantization) -> str:
+    """Return the format of a weight in words."""
+    codes, _, scale, grid, second = quantization
+    if scale is None:
+        return f"{codes} without a scale"
+    block = f"{grid.block_rows}x{grid.block_cols} block"
+    if grid.block_cols >= grid.cols and grid.block_rows >= grid.part:
+        block = "tensor" if grid.part >= grid.rows else "expert"
+    elif grid.block_cols >= grid.cols and grid.block_rows == 1:
+        block = "row"
+    elif grid.block_cols == 1 and grid.block_rows >= grid.part:
+        block = "column"
+    return f"{codes}, {scale.dtype} scale per {block}{' and a second' if second else ''}"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "safetensors", "tqdm", "triton"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def tell_plan(record: dict) -> None:
+    """Print what will be done."""
+    for side in ("input", "output"):
+        say(f"{side.capitalize()}: {record[side]['shards']} shards, {record[side]['tensors']} "
+            f"tensors, {sized(record[side]['bytes'])}")
+    for kind, count in record["dequantized"].items():
+        say(f"  {count} weights to dequantize: {kind}")
+    say(f"  {record['copied']} tensors to copy, {record['dropped']} scales to drop")
+    for name in record["kept_in_fp8"]:
+        say(f"Warning: Missing scale_inv tensor for {name}, skipping conversion")
+    if record["files_left_out"]:
+        say("Left out, for they are other weights or no plain files: "
+            f"{', '.join(record['files_left_out'])}")
+
+
+def tell_converted(record: dict) -> None:
+    """Print what was done; the last line sums it up."""
+    if record["complete"]:
+        say("Nothing to do: the output is complete")
+        return
+    for fate, names in (("kept in FP8", record["kept_in_fp8"]),
+                        ("cast with scale 1", record["cast_with_scale_1"])):
+        if names:
+            say(f"{len(names)} FP8 weights without a scale were {fate}:")
+            for name in names:
+                say(f"  {name}")
+    if orphans := record["dropped_scales_of_no_weight"]:
+        say(f"Dropped scales of no weight: {', '.join(orphans)}")
+    for kind in SPECIALS:
+        if counts := record[kind]:
+            say(f"{sum(counts.values())} {kind} values, in {', '.join(counts)}")
+    out, seconds = record["output"], record["seconds"]
+    limits = {**seconds, "writing": seconds["writing"] + seconds["syncing"]}
+    limit = max(PHASES[:3], key=limits.get)
+    say(f"Converted {out['shards']} shards, {out['tensors']} tensors: "
+        f"{sum(record['dequantized'].values())} dequantized, {record['copied']} copied, "
+        f"{record['dropped']} scales dropped; {sized(record['input']['bytes'])} in, "
+        f"{sized(out['bytes'])} out, {seconds['total']:.1f} s, "
+        f"{record['bytes_written'] / seconds['total'] / 1e9:.2f} GB/s, limited by {limit}")
+
+
+def tell_verified(record: dict, out: Path) -> None:
+    """Print how an output differs. Raises CheckpointError if it does."""
+    differences, seconds = record["differences"], record["seconds"]["total"]
+    for difference in differences:
+        say(difference)
+    if differences:
+        raise CheckpointError(f"{out}: is not what the input gives, in {len(differences)} places")
+    size = record["input"]["bytes"] + record["output"]["bytes"]
+    say(f"Verified {record['output']['tensors']} tensors: all as they should be; "
+        f"{sized(size)} read, {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
 
 
 def cli(arguments: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit status: 0 converted, 1 impossible, 130 interrupted."""
+    """Run the command line. Returns the exit status.
+
+    That is 0 if converted or verified, 1 if impossible or different, 130 or 143 if interrupted.
+    """
     parser = argparse.ArgumentParser(
         description="Convert an FP8 checkpoint into a BF16 one.",
         epilog=FORMATS_HELP,
@@ -1122,27 +1664,39 @@ def cli(arguments: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--input-fp8-hf-path", required=True, metavar="IN", dest="fp8_path", help="the checkpoint")
-    add("--output-bf16-hf-path", required=True, metavar="OUT", dest="bf16_path", help="new folder")
+    add("--output-bf16-hf-path", required=True, metavar="OUT", dest="bf16_path",
+        help="a new folder, or one of an earlier run, which goes on")
     add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     add("--workers", type=int, metavar="N", help="threads (default: 2 per core, 4 to 16)")
     add("--missing-scale", choices=MISSING_SCALE, default="keep",
         help="FP8 weights without a scale: keep them FP8 (default), cast with scale 1, or refuse")
+    add("--dry-run", action="store_true", help="print what would be done and what it takes")
+    add("--verify", action="store_true", help="compare an existing output with the input")
+    add("--report", metavar="FILE", help="write a JSON record of it all")
     options = parser.parse_args(arguments)
     try:
         main(**vars(options))
     except UsageError as error:
         parser.error(printable(str(error)))
     except (CheckpointError, OSError, RuntimeError) as error:  # the last is torch's, of a GPU
-        text = str(error).splitlines()[0]
+        text = str(error) if isinstance(error, CheckpointError) else str(error).partition("\n")[0]
         if isinstance(error, OSError) and error.filename:
             text = f"{error.filename}: {error.strerror}"
+        if len(text) > MESSAGE_LIMIT:  # of a name that is as long as a book
+            text = f"{text[: MESSAGE_LIMIT // 2]} ... {text[-MESSAGE_LIMIT // 2 :]}"
         print(f"error: {printable(text)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted: the output is not complete", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.args or [signal.SIGINT])[0]
     return 0
 
 
+def end(number: int, frame) -> None:
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, end)
+    gc.set_threshold(200_000)  # a plan is many objects, and while it grows none of them is garbage
     sys.exit(cli())

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 
 import torch
 
-BF16_NAN = 0x7FC0
+BF16_INFINITY, BF16_NAN = 0x7F80, 0x7FC0
 # Elements of CPU scratch: 6 bytes each, small enough to stay in one core's second-level cache and
 # large enough that dispatching six torch operations costs little. Half and double are slower.
 BAND = 1 << 17
+MAX_PARTS = 1024  # tensor-parallel ranks that a fused weight may have been made for
 BLOCK_SIZES = (16, 32, 64, 128, 256, 1)  # seen in formats, for one axis each
 LAUNCH = threading.Lock()  # so that of several threads one compiles the kernel and the rest find it
 
@@ -62,6 +63,11 @@ class NumberFormat:
     def rescale(self) -> float:
         """The power of two by which the float16 is too small: the exponent biases' difference."""
         return 2.0 ** (16 - 2 ** (self.exponent_bits - 1)) if self.exponent_bits else 1.0
+
+    @property
+    def largest(self) -> float:
+        """A power of two that no finite value reaches."""
+        return 2.0 ** (2 ** (self.exponent_bits - 1) + 1) if self.exponent_bits else 128.0
 
 
 NONE = 0x80
@@ -181,9 +187,12 @@ def find_grids(
     elif len(scale) == 1:  # a flattened grid of row groups, as auto-round writes it
         scale = (N, scale[0] // N) if not scale[0] % N else ()
     for sizes in block_sizes, itertools.product(BLOCK_SIZES, BLOCK_SIZES):
-        fitting = [size for size in sizes if (-(-N // size[0]), -(-K // size[1])) == scale]
-        if blocks := {(min(rows, N), min(cols, K)) for rows, cols in fitting}:
-            return [Grid(E * N, K, *block, part=N) for block in blocks]
+        blocks = {}  # those that differ on this weight: what lies beyond its edges does not matter
+        for rows, cols in sizes:
+            if (-(-N // rows), -(-K // cols)) == scale:
+                blocks.setdefault((min(rows, N), min(cols, K)), (rows, cols))
+        if blocks:
+            return [Grid(E * N, K, *block, part=N) for block in blocks.values()]
     return _fused_grids(N, K, scale, block_sizes or ((128, 128),)) if fused and E == 1 else []
 
 
@@ -191,7 +200,7 @@ def _fused_grids(N, K, scale, block_sizes) -> list[Grid]:
     return [
         Grid(N, K, rows, cols, part=N // parts)
         for rows, cols in dict.fromkeys(block_sizes)
-        for parts in range(2, N + 1)
+        for parts in range(2, min(N, MAX_PARTS) + 1)
         if not N % parts and (parts * -(-N // parts // rows), -(-K // cols)) == scale
     ]
 
@@ -242,11 +251,12 @@ def dequantize(
     scales: float32, contiguous, the part of the scale matrix that grid.scale_region names.
     All three on one device, where the work is done. number_format: a key of FORMATS.
 
-    Returns the number of NaN in out: an integer tensor on that device, which need not be done yet.
+    Returns the numbers of NaN and of infinities in out: two integers in a tensor on that device,
+    which need not be done yet.
     """
     fmt, stop = FORMATS[number_format], start + out.numel()
     if start == stop:
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros(2, dtype=torch.int64)
     path = _dequantize_triton if codes.is_cuda else _dequantize_cpu
     before, after = -start % fmt.codes_per_byte, -stop % fmt.codes_per_byte
     if not (before or after):
@@ -254,7 +264,13 @@ def dequantize(
     whole = torch.empty(before + out.numel() + after, dtype=out.dtype, device=out.device)
     path(codes, scales, whole, fmt, grid, start - before, stop + after)
     out.copy_(whole[before : before + out.numel()])
-    return out.isnan().sum()
+    return _count_specials(out)
+
+
+def _count_specials(out: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of NaN and of infinities among BF16 values."""
+    magnitude = out.view(torch.int16) & 0x7FFF
+    return torch.stack([(magnitude > BF16_INFINITY).sum(), (magnitude == BF16_INFINITY).sum()])
 
 
 def _pieces(start: int, stop: int, cols: int, limit: int) -> Iterator[tuple[int, int, int, int]]:
@@ -277,11 +293,12 @@ def _dequantize_cpu(codes, scales, out, fmt, grid, start, stop) -> torch.Tensor:
     # The scale takes over float16's missing power of two, which is exact unless it overflows. Then,
     # and where a NaN or an infinity can come up, the steps are taken one by one.
     rescaled = scales * fmt.rescale
-    ordinary_scales = rescaled.abs().max().item() < torch.inf
+    bound = scales.abs().max().item() * max(fmt.rescale, fmt.largest)
+    ordinary_scales = bound < torch.finfo(torch.bfloat16).max
     size = min(BAND, stop - start)
     bits = torch.empty(size, dtype=torch.int16)
     values = torch.empty(size, dtype=torch.float32)
-    nans = torch.zeros((), dtype=torch.int64)
+    specials = torch.zeros(2, dtype=torch.int64)
     at = 0
     for row, col, M, N in _pieces(start, stop, grid.cols, BAND):
         n = M * N
@@ -298,11 +315,10 @@ def _dequantize_cpu(codes, scales, out, fmt, grid, start, stop) -> torch.Tensor:
         _scale(band.view(M, N), _scales_of_rows(s, grid, row, M, first_row), col, grid.block_cols)
         band_out.copy_(band)
         if not simple:
-            nan = band.isnan()
-            band_out.view(torch.int16)[nan] = BF16_NAN
-            nans += nan.sum()
+            band_out.view(torch.int16)[band.isnan()] = BF16_NAN
+            specials += _count_specials(band_out)
         at += n
-    return nans
+    return specials
 
 
 def _largest_magnitude(codes: torch.Tensor) -> int:
@@ -466,4 +482,4 @@ def _dequantize_triton(codes, scales, out, fmt, grid, start, stop) -> torch.Tens
                 block_size_m, block_size_g, block_size_k,
             )
         at += M * N
-    return out.isnan().sum()
+    return _count_specials(out)

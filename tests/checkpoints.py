@@ -52,6 +52,11 @@ def canonical(values: torch.Tensor) -> torch.Tensor:
     ).view(torch.bfloat16)
 
 
+def special_counts(values: torch.Tensor) -> list[int]:
+    """Return how many values are NaN and how many infinite."""
+    return [values.isnan().sum().item(), values.isinf().sum().item()]
+
+
 def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
     """Compare dtype, shape and every bit; name the first element that differs."""
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape)

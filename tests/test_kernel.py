@@ -10,6 +10,7 @@ from checkpoints import (
     every_code,
     finite_codes,
     fp4_values,
+    special_counts,
 )
 from kernel import Grid, dequantize, weight_dequant, widen_scales
 
@@ -87,7 +88,7 @@ def test_a_range_cut_anywhere_holds_the_same_values_as_the_whole(block_rows, blo
     for start, stop in itertools.combinations(cuts, 2):
         row, row_end, col, col_end = grid.scale_region(start, stop)
         out = torch.full((stop - start,), 7, dtype=torch.bfloat16)
-        nans = dequantize(
+        specials = dequantize(
             codes[start:stop],
             scales[row:row_end, col:col_end].contiguous(),
             out,
@@ -96,7 +97,20 @@ def test_a_range_cut_anywhere_holds_the_same_values_as_the_whole(block_rows, blo
             start,
         )
         assert_same_bits(out, expected[start:stop])
-        assert nans == expected[start:stop].isnan().sum()
+        assert specials.tolist() == special_counts(expected[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [*FLOAT8, torch.int8])
+@pytest.mark.parametrize("scale", [1.0, 5e33, 1e36, 2e36, 1e38, torch.inf, -torch.inf, torch.nan])
+def test_nan_and_infinities_are_counted_wherever_they_come_from(dtype, scale):
+    codes, scales = every_code(256, 4, dtype), torch.ones(2, 1)
+    scales[1] = scale
+    expected = dequantized(codes, scales)
+    out = torch.empty(1024, dtype=torch.bfloat16)
+    number_format = {torch.int8: "INT8", FLOAT8[0]: "E4M3", FLOAT8[1]: "E5M2"}[dtype]
+    grid = Grid(256, 4, 128, 4, 256)
+    counts = dequantize(codes.view(torch.uint8).flatten(), scales, out, number_format, grid)
+    assert counts.tolist() == special_counts(expected)
 
 
 @pytest.mark.parametrize("block", [(1, 32), (1, 16), (128, 128)])
@@ -112,9 +126,9 @@ def test_packed_fp4_is_cut_anywhere(block):
         out = torch.full((stop - start,), 7, dtype=torch.bfloat16)
         codes = packed.flatten()[start // 2 : (stop + 1) // 2]
         region = scales[row:row_end, col:col_end].contiguous()
-        nans = dequantize(codes, region, out, "E2M1", grid, start)
+        specials = dequantize(codes, region, out, "E2M1", grid, start)
         assert_same_bits(out, expected[start:stop])
-        assert nans == expected[start:stop].isnan().sum()
+        assert specials.tolist() == special_counts(expected[start:stop])
 
 
 def test_scales_of_every_dtype_are_widened_exactly():
