@@ -252,7 +252,7 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
         # file may refuse. Nothing here needs that map.
         if "mmap" not in str(error):
             raise
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = parse_json(path, file.read(size))
     metadata = header.pop("__metadata__", None) or {}
@@ -1678,7 +1678,7 @@ def cli(arguments: list[str] | None = None) -> int:
         main(**vars(options))
     except UsageError as error:
         parser.error(printable(str(error)))
-    except (CheckpointError, OSError, RuntimeError) as error:  # the last is torch's, of a GPU
+    except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
         text = str(error) if isinstance(error, CheckpointError) else str(error).partition("\n")[0]
         if isinstance(error, OSError) and error.filename:
             text = f"{error.filename}: {error.strerror}"

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 INDEX = "model.safetensors.index.json"
+ONE = "model-00001-of-00002.safetensors"
+TWO = "model-00002-of-00002.safetensors"
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
 
@@ -69,6 +71,40 @@ def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
         raise AssertionError(
             f"element {at}: {got.flatten()[at].item()} != {expected.flatten()[at].item()}"
         )
+
+
+def several_kinds(seed: int = 0) -> tuple[dict, dict]:
+    """Return two shards with ragged FP8 weights, scales in either and others, and what comes out.
+
+    The seed changes values only, no name and no shape.
+    """
+    torch.manual_seed(seed)
+    wide, tall = finite_codes(130, 300, seed=seed), finite_codes(300, 130, seed=seed)
+    stacked = finite_codes(3, 140, 200, seed=seed)
+    one = {
+        "a.weight": wide,
+        "b.weight_scale_inv": torch.rand(3, 2),
+        "norm.weight": torch.randn(77).bfloat16(),
+        "bias": torch.randn(3),
+    }
+    two = {
+        "b.weight": tall,
+        "a.weight_scale_inv": torch.rand(2, 3),
+        "experts.up_proj": stacked,
+        "experts.up_proj_scale_inv": torch.rand(3, 2, 2),
+        "table": torch.arange(9) * 2**40,
+    }
+    expected_one = {
+        "a.weight": dequantized(wide, two["a.weight_scale_inv"]),
+        "norm.weight": one["norm.weight"],
+        "bias": one["bias"],
+    }
+    expected_two = {
+        "b.weight": dequantized(tall, one["b.weight_scale_inv"]),
+        "experts.up_proj": dequantized(stacked, two["experts.up_proj_scale_inv"]),
+        "table": two["table"],
+    }
+    return {ONE: one, TWO: two}, {ONE: expected_one, TWO: expected_two}
 
 
 def write_checkpoint(

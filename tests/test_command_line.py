@@ -214,15 +214,16 @@ def test_a_read_error_exits_1_and_names_the_file(source, capsys, monkeypatch):
     assert contents(source.parent / "out") == {}
 
 
-def test_an_interrupted_run_exits_130_and_leaves_nothing_that_looks_finished(tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_leaves_nothing_half_done(tmp_path, number, status):
     sparse_weight(tmp_path / "in", 1 << 17, 1 << 13)
     process = subprocess.Popen([*SCRIPT, *arguments(tmp_path / "in")], stderr=subprocess.PIPE)
     while not list(tmp_path.glob("out/*.tmp")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     error = process.communicate(timeout=30)[1].decode()
-    assert process.returncode == 130
+    assert process.returncode == status
     assert error == "interrupted: the output is not complete\n"
     assert contents(tmp_path / "out") == {}
 

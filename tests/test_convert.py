@@ -13,54 +13,26 @@ import fp8_cast_bf16
 from checkpoints import (
     FP8_CONFIG,
     INDEX,
+    ONE,
+    TWO,
     assert_same_bits,
     contents,
     dequantized,
     every_code,
     finite_codes,
     load_checkpoint,
+    several_kinds,
     write_checkpoint,
 )
 from fp8_cast_bf16 import CheckpointError, UsageError, main
-
-ONE = "model-00001-of-00002.safetensors"
-TWO = "model-00002-of-00002.safetensors"
 
 
 def convert(tmp_path, shards, config=None, index=True, **options):
     """Write a checkpoint, convert it, return the tensors that came out."""
     write_checkpoint(tmp_path / "in", shards, config, index)
     main(tmp_path / "in", tmp_path / "out", **options)
+    main(tmp_path / "in", tmp_path / "out", **options, verify=True)
     return load_checkpoint(tmp_path / "out")
-
-
-def several_kinds():
-    """Return two shards with ragged FP8 weights, scales in either shard and others."""
-    wide, tall, stacked = finite_codes(130, 300), finite_codes(300, 130), finite_codes(3, 140, 200)
-    one = {
-        "a.weight": wide,
-        "b.weight_scale_inv": torch.rand(3, 2),
-        "norm.weight": torch.randn(77).bfloat16(),
-        "bias": torch.randn(3),
-    }
-    two = {
-        "b.weight": tall,
-        "a.weight_scale_inv": torch.rand(2, 3),
-        "experts.up_proj": stacked,
-        "experts.up_proj_scale_inv": torch.rand(3, 2, 2),
-        "table": torch.arange(9) * 2**40,
-    }
-    expected_one = {
-        "a.weight": dequantized(wide, two["a.weight_scale_inv"]),
-        "norm.weight": one["norm.weight"],
-        "bias": one["bias"],
-    }
-    expected_two = {
-        "b.weight": dequantized(tall, one["b.weight_scale_inv"]),
-        "experts.up_proj": dequantized(stacked, two["experts.up_proj_scale_inv"]),
-        "table": two["table"],
-    }
-    return {ONE: one, TWO: two}, {ONE: expected_one, TWO: expected_two}
 
 
 @pytest.mark.parametrize("window", [4096, 3 * 4096, 16 << 20])

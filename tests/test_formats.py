@@ -55,6 +55,7 @@ def convert(tmp_path, tensors, expected, config=None, name="model.safetensors", 
     """Convert one shard and hold every tensor that comes out against what is expected."""
     write_checkpoint(tmp_path / "in", {name: tensors}, config, index=False)
     main(tmp_path / "in", tmp_path / "out", **options)
+    main(tmp_path / "in", tmp_path / "out", **options, verify=True)
     got = load_checkpoint(tmp_path / "out")
     assert set(got) == set(expected)
     for tensor_name, tensor in expected.items():
