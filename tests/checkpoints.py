@@ -15,6 +15,7 @@ ONE = "model-00001-of-00002.safetensors"
 TWO = "model-00002-of-00002.safetensors"
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+CONFIG = {"quantization_config": FP8_CONFIG}
 
 
 def every_code(rows: int, cols: int, dtype: torch.dtype = torch.float8_e4m3fn) -> torch.Tensor:

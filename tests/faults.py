@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fp8_cast_bf16  # noqa: E402
-from checkpoints import FP8_CONFIG, INDEX, contents, several_kinds, write_checkpoint  # noqa: E402
+from checkpoints import CONFIG, INDEX, contents, several_kinds, write_checkpoint  # noqa: E402
 
 KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "short": None, "death": None}
 FUNCTIONS = ["open", "fsync", "replace", "unlink", "mkdir", "rmdir", "rename", "link"]
@@ -192,7 +192,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder
     for name, seed in (("in", 0), ("other", 1)):
-        write_checkpoint(folder / name, several_kinds(seed)[0], FP8_CONFIG)
+        write_checkpoint(folder / name, several_kinds(seed)[0], CONFIG)
         (folder / name / "sub").mkdir()
         (folder / name / "sub/tokenizer.json").write_text("{}" * 3000)
     fp8_cast_bf16.WINDOW = WINDOW

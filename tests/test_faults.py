@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fp8_cast_bf16
-from checkpoints import FP8_CONFIG, INDEX, ONE, TWO, contents, several_kinds, write_checkpoint
+from checkpoints import CONFIG, INDEX, ONE, TWO, contents, several_kinds, write_checkpoint
 from fp8_cast_bf16 import cli, main
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def source(tmp_path):
-    folder = write_checkpoint(tmp_path / "in", several_kinds()[0], FP8_CONFIG)
+    folder = write_checkpoint(tmp_path / "in", several_kinds()[0], CONFIG)
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
@@ -82,7 +82,7 @@ def test_names_are_given_only_to_synced_files_and_index_and_config_come_last(sou
 def test_signs_of_completeness_go_before_any_shard_does(source, monkeypatch):
     out = source.parent / "out"
     main(source, out)
-    write_checkpoint(source, several_kinds(seed=1)[0], FP8_CONFIG)
+    write_checkpoint(source, several_kinds(seed=1)[0], CONFIG)
     removed, unlink = [], os.unlink
 
     def log(path, *more, **options):

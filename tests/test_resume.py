@@ -13,7 +13,7 @@ import torch
 
 import fp8_cast_bf16
 from checkpoints import (
-    FP8_CONFIG,
+    CONFIG,
     INDEX,
     ONE,
     TWO,
@@ -30,7 +30,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def source(tmp_path):
-    folder = write_checkpoint(tmp_path / "in", several_kinds()[0], FP8_CONFIG)
+    folder = write_checkpoint(tmp_path / "in", several_kinds()[0], CONFIG)
     (folder / "tokenizer.json").write_text("{}")
     return folder
 
@@ -71,7 +71,7 @@ def test_shards_that_are_there_are_kept_and_others_made(source, out, capsys):
 
 
 def test_shards_of_another_checkpoint_with_the_same_headers_are_replaced(source, out, tmp_path):
-    write_checkpoint(tmp_path / "other", several_kinds(seed=1)[0], FP8_CONFIG)
+    write_checkpoint(tmp_path / "other", several_kinds(seed=1)[0], CONFIG)
     shutil.copy(source / "tokenizer.json", tmp_path / "other")
     main(tmp_path / "other", tmp_path / "expected")
     assert (out / ONE).stat().st_size == (tmp_path / "expected" / ONE).stat().st_size
@@ -211,7 +211,7 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(source, capsys):
     assert lines[:6] == [
         "Device: cpu (as asked), 3 workers",
         "Input: 2 shards, 9 tensors, 162kB",
-        "Output: 2 shards, 6 tensors, 324kB",
+        "Output: 2 shards, 6 tensors, 325kB",
         "  3 weights to dequantize: E4M3, F32 scale per 128x128 block",
         "  3 tensors to copy, 3 scales to drop",
         lines[5],
@@ -242,7 +242,7 @@ def test_the_report_holds_what_was_done(tmp_path):
     nan, mixed, kept = (codes.view(torch.float8_e4m3fn) for codes in (nan, mixed, nan.clone()))
     shards[ONE] |= {"n.weight": nan, "n.weight_scale_inv": torch.ones(1, 1), "kept": kept}
     shards[TWO] |= {"i.weight": mixed, "i.weight_scale_inv": torch.full((1, 1), torch.inf)}
-    write_checkpoint(tmp_path / "in", shards, FP8_CONFIG)
+    write_checkpoint(tmp_path / "in", shards, CONFIG)
     main(tmp_path / "in", tmp_path / "out", report=tmp_path / "r.json", device="cpu", workers=2)
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["options"] == {
