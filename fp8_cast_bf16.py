@@ -1390,8 +1390,10 @@ def differing_values(got, expected, place: str = "") -> Iterator[tuple[str, str,
         for key in dict.fromkeys([*expected, *got]):
             inner = f"{place}.{key}" if place else key
             yield from differing_values(got.get(key), expected.get(key), inner)
-    elif got != expected:
-        yield place, *(json.dumps(value)[:200] for value in (got, expected))
+    else:
+        got, expected = (json.dumps(value, sort_keys=True) for value in (got, expected))
+        if got != expected:
+            yield place, got[:200], expected[:200]
 
 
 # --- command line ---

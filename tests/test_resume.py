@@ -216,7 +216,7 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(source, capsys):
         "  3 tensors to copy, 3 scales to drop",
         lines[5],
     ]
-    assert lines[5].startswith("Space: 336kB to write, ")
+    assert lines[5].startswith("Space: 344kB to write, ")
     assert lines[5].endswith(" free; memory: 3 workers, 27.3MB each")
     assert len(lines) == 6
 
