@@ -37,7 +37,7 @@ import time
 import warnings
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -140,7 +140,7 @@ TEMPORARY_SUFFIX = ".tmp"
 PROBE = "fp8_cast_bf16"  # a temporary file that finds out how to write
 MESSAGE_LIMIT = 2000  # characters
 OPEN_FILES = 8  # that a worker holds open: its shard and those in which scales stand
-SAMPLE, SAMPLES = 1024, 4  # bytes, and how many such ranges of a tensor a resumed run compares
+SAMPLE, SAMPLES = 16, 4  # elements around a place, and places that a resumed run looks at
 PHASES = ["reading", "decoding", "writing", "syncing"]
 SPECIALS = ["NaN", "infinite"]
 
@@ -736,21 +736,34 @@ class Worker:
         yield
         self.seconds[phase] += time.perf_counter() - began
 
+    def open(self, path: Path):
+        if path not in self.files:
+            if len(self.files) == OPEN_FILES:
+                self.close()
+            self.files[path] = open(path, "rb", buffering=0)
+        return self.files[path]
+
     def read(self, path: Path, start: int, into: torch.Tensor) -> None:
         """Fill a CPU tensor with the bytes of a file from `start` on."""
         view = as_bytes(into)
         with self.timed("reading"), naming(path):
-            if path not in self.files:
-                if len(self.files) == OPEN_FILES:
-                    self.close()
-                self.files[path] = open(path, "rb", buffering=0)
-            file = self.files[path]
+            file = self.open(path)
             file.seek(start)
             while view:
                 count = file.readinto(view)
                 if not count:
                     raise CheckpointError(f"{path}: ends at byte {file.tell()}; it was cut")
                 view = view[count:]
+
+    def read_bytes(self, path: Path, start: int, count: int) -> bytes:
+        """Return a few bytes of a file."""
+        with naming(path):
+            file = self.open(path)
+            file.seek(start)
+            data = file.read(count)
+        if len(data) < count:
+            raise CheckpointError(f"{path}: ends at byte {file.tell()}; it was cut")
+        return data
 
     def read_scale(self, scale: Tensor, first: int, count: int) -> torch.Tensor:
         """Return `count` scales from the one numbered `first` on, uint8, as they are stored."""
@@ -867,7 +880,12 @@ def read_scales(quantization: Quantization, start: int, stop: int, worker: Worke
         rows = torch.arange(row, row_end, device=worker.device)
         factors = factors[rows // grid.scale_rows_per_part]
     factors = factors.view(-1, 1)
-    return scales / factors if second.name.endswith("global_scale") else scales * factors
+    return scales / factors if is_divisor(second) else scales * factors
+
+
+def is_divisor(second: Tensor) -> bool:
+    """compressed-tensors divides by its second scale, ModelOpt multiplies by it."""
+    return second.name.endswith("global_scale")
 
 
 # --- write: windows under a temporary name, then the final one ---
@@ -975,8 +993,8 @@ def write_shards(shards: list[Shard], root: Path, pool: list[Worker], window: in
 def find_done(plan: Plan, out: Path, workers: int) -> set[str]:
     """Return the names of shards in the output that are as planned.
 
-    Their header must be the planned one, and SAMPLES ranges of every tensor, the first and the last
-    bytes among them, those that rendering gives: checkpoints of one model have the same headers.
+    Their header must be the planned one, and SAMPLES pieces of every tensor, with its first and its
+    last element, what they should be: checkpoints of one model have the same headers.
     """
     found = [shard for shard in plan.shards if has_header(out / shard.name, shard)]
     done = {shard.name for shard in found}
@@ -984,18 +1002,13 @@ def find_done(plan: Plan, out: Path, workers: int) -> set[str]:
         return done
 
     def check(worker: Worker, shard: Shard, steps: list[Step]) -> int:
-        for step in steps:
-            for start, stop in samples(step.start, step.stop) if shard.name in done else ():
-                written = worker.codes[: stop - start]
-                rendered = render(shard, start, stop, worker)
-                worker.read(out / shard.name, start, written)
-                if not torch.equal(written, rendered):
-                    done.discard(shard.name)
+        if shard.name in done and not has_samples(out / shard.name, steps, worker):
+            done.discard(shard.name)
         return sum(step.stop - step.start for step in steps)
 
     tasks = ((shard, shard.steps[at : at + 100]) for shard in found
              for at in range(0, len(shard.steps), 100))
-    pool = [Worker(torch.device("cpu"), 4 * SAMPLE) for _ in range(workers)]
+    pool = [Worker(torch.device("cpu"), 0) for _ in range(workers)]
     run_workers("checking", pool, tasks, check, sum(shard.size for shard in found))
     return done
 
@@ -1008,11 +1021,82 @@ def has_header(path: Path, shard: Shard) -> bool:
         return file.read(len(shard.header)) == shard.header
 
 
-def samples(start: int, stop: int) -> list[tuple[int, int]]:
-    """Return the ranges of a tensor's bytes that are compared, all multiples of 8 but the end."""
-    last = max(0, stop - start - SAMPLE)
-    starts = {start + last * part // (SAMPLES - 1) // 8 * 8 for part in range(SAMPLES)}
-    return [(begin, min(begin + SAMPLE + 8, stop)) for begin in sorted(starts)]
+@functools.cache  # thousands of experts have the same
+def samples(grid: Grid, per_byte: int) -> list[tuple[int, int, int, int]]:
+    """Return pieces of a weight that have one scale each, those at its ends among them.
+
+    A piece: its first element, the number of elements, the number of its scale and of its part.
+    """
+    pieces, last = [], grid.rows * grid.cols - 1
+    places = {last * i // (SAMPLES - 1) // per_byte * per_byte for i in range(SAMPLES)}
+    for place in sorted(places) if last >= 0 else ():
+        row, col = divmod(place, grid.cols)
+        block = col // grid.block_cols
+        begin = max(block * grid.block_cols, col - SAMPLE)
+        end = min((block + 1) * grid.block_cols, grid.cols, col + SAMPLE)
+        scale = grid.scale_row(row) * grid.scale_shape[1] + block
+        pieces.append((row * grid.cols + begin, end - begin, scale, row // grid.part))
+    return pieces
+
+
+def has_samples(path: Path, steps: list[Step], worker: Worker) -> bool:
+    """Return whether a file holds what it should for some pieces of each of its tensors."""
+    groups = {}  # pieces that are decoded in one go: call by call, large models would take minutes
+    for step in steps:
+        source, quantization = step.source, step.quantization
+        if quantization is None:
+            bytewise = Grid(1, step.stop - step.start, 1, step.stop - step.start, 1)
+            for first, count, _, _ in samples(bytewise, 1):
+                copied = worker.read_bytes(source.path, source.start + first, count)
+                if worker.read_bytes(path, step.start + first, count) != copied:
+                    return False
+            continue
+        codes, _, scale, grid, second = quantization
+        per_byte = kernel.FORMATS[codes].codes_per_byte
+        divides = second is not None and is_divisor(second)
+        kind = codes, scale and scale.dtype, second and second.dtype, divides
+        pieces = groups.setdefault(kind, [])
+        for first, count, number, part in samples(grid, per_byte):
+            pieces.append((
+                count // per_byte,
+                worker.read_bytes(source.path, source.start + first // per_byte, count // per_byte),
+                read_element(scale, number, worker),
+                read_element(second, part, worker),
+                worker.read_bytes(path, step.start + 2 * first, 2 * count),
+            ))
+    return all(map(are_as_rendered, groups, groups.values()))
+
+
+def read_element(tensor: Tensor | None, number: int, worker: Worker) -> bytes:
+    """Return the bytes of one element, that numbered `number` if the tensor has more than one."""
+    if tensor is None:
+        return b""
+    size = (tensor.stop - tensor.start) // (count := math.prod(tensor.shape))
+    return worker.read_bytes(tensor.path, tensor.start + size * (number if count > 1 else 0), size)
+
+
+def are_as_rendered(kind: tuple, pieces: list[tuple]) -> bool:
+    """Return whether pieces of one format have been decoded rightly: their last items are."""
+    codes, scale_dtype, second_dtype, divides = kind
+    if not pieces:
+        return True
+    counts, raw, scales, factors, written = zip(*pieces, strict=True)
+    raw, written = (torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
+                    for parts in (raw, written))
+    scales = widened(scales, scale_dtype) if scale_dtype else torch.ones(len(pieces))
+    if second_dtype:
+        factors = widened(factors, second_dtype)
+        scales = scales / factors if divides else scales * factors
+    scales = scales.repeat_interleave(torch.tensor(counts)).view(-1, 1)
+    out, width = torch.empty(len(written) // 2, dtype=torch.bfloat16), len(written) // 2 // len(raw)
+    kernel.dequantize(raw, scales, out, codes, Grid(len(raw), width, 1, width, len(raw)))
+    return torch.equal(out.view(torch.int16), written.view(torch.int16))
+
+
+def widened(parts: Iterable[bytes], dtype: str) -> torch.Tensor:
+    """Return scales, stored as bytes of a dtype, as float32."""
+    raw = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
+    return kernel.widen_scales(raw, dtype)
 
 
 # --- publish: the files beside the shards; config and index last, which say that all is there ---

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from fp8_cast_bf16 import main
+
 INDEX = "model.safetensors.index.json"
 ONE = "model-00001-of-00002.safetensors"
 TWO = "model-00002-of-00002.safetensors"
@@ -140,6 +142,21 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+def check_again(source: Path, out: Path, **options) -> None:
+    """Verify an output, and see that a second run takes it for complete and a damaged one not."""
+    main(source, out, **options, verify=True)
+    before = contents(out)
+    stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    main(source, out, **options)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == stamps
+    shard = next(out.glob("*.safetensors"))
+    data = bytearray(before[shard.name])
+    data[-1] ^= 1  # of the last tensor, which is of one-byte elements or BF16 mostly
+    shard.write_bytes(data)
+    main(source, out, **options)
+    assert contents(out) == before
 
 
 def write_raw(path: Path, tensors: dict[str, tuple[str, list[int], torch.Tensor]]) -> None:

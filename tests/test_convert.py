@@ -16,6 +16,7 @@ from checkpoints import (
     ONE,
     TWO,
     assert_same_bits,
+    check_again,
     contents,
     dequantized,
     every_code,
@@ -31,7 +32,7 @@ def convert(tmp_path, shards, config=None, index=True, **options):
     """Write a checkpoint, convert it, return the tensors that came out."""
     write_checkpoint(tmp_path / "in", shards, config, index)
     main(tmp_path / "in", tmp_path / "out", **options)
-    main(tmp_path / "in", tmp_path / "out", **options, verify=True)
+    check_again(tmp_path / "in", tmp_path / "out", **options)
     return load_checkpoint(tmp_path / "out")
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from checkpoints import (
     assert_same_bits,
     canonical,
+    check_again,
     contents,
     dequantized,
     every_code,
@@ -55,7 +56,7 @@ def convert(tmp_path, tensors, expected, config=None, name="model.safetensors", 
     """Convert one shard and hold every tensor that comes out against what is expected."""
     write_checkpoint(tmp_path / "in", {name: tensors}, config, index=False)
     main(tmp_path / "in", tmp_path / "out", **options)
-    main(tmp_path / "in", tmp_path / "out", **options, verify=True)
+    check_again(tmp_path / "in", tmp_path / "out", **options)
     got = load_checkpoint(tmp_path / "out")
     assert set(got) == set(expected)
     for tensor_name, tensor in expected.items():

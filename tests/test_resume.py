@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 from collections import namedtuple
-from itertools import pairwise
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from checkpoints import (
     write_checkpoint,
 )
 from fp8_cast_bf16 import CheckpointError, UsageError, cli, main
+from kernel import Grid
 from make_checkpoint import make_checkpoint
 
 Usage = namedtuple("Usage", "total used free")
@@ -92,13 +92,24 @@ def test_a_shard_is_replaced_if_any_tensor_begins_or_ends_otherwise(source, out)
                 assert contents(out) == expected
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 1023, 1024, 1025, 1032, 2048, 4096, 5000, 10**9 + 2])
-def test_samples_hold_both_ends_and_some_between(size):
-    ranges = fp8_cast_bf16.samples(64, 64 + size)
-    assert ranges[0][0] == 64
-    assert ranges[-1][1] == 64 + size
-    assert all(64 <= start < stop <= 64 + size and start % 8 == 0 for start, stop in ranges)
-    assert len(ranges) == 4 or all(a[1] >= b[0] for a, b in pairwise(ranges))
+@pytest.mark.parametrize("per_byte", [1, 2])
+@pytest.mark.parametrize(
+    "grid",
+    [(1, 2, 1, 2, 1), (300, 70, 128, 32, 300), (60, 40, 16, 16, 20), (9, 14, 2, 4, 9),
+     (33, 50, 33, 50, 33), (5, 2000, 1, 2000, 5), (12, 50, 12, 2, 12), (1, 10**9 + 2, 1, 32, 1)],
+)
+def test_samples_hold_both_ends_and_have_one_scale_each(grid, per_byte):
+    grid = Grid(*grid)
+    pieces = fp8_cast_bf16.samples(grid, per_byte)
+    assert pieces[0][0] == 0
+    assert sum(pieces[-1][:2]) == grid.rows * grid.cols
+    assert len(pieces) == min(4, grid.rows * grid.cols // per_byte)
+    for first, count, scale, part in pieces:
+        assert first % per_byte == count % per_byte == 0
+        for element in range(first, first + count):
+            row, _, col, _ = grid.scale_region(element, element + 1)
+            assert row * grid.scale_shape[1] + col == scale
+            assert element // grid.cols // grid.part == part
 
 
 @pytest.mark.parametrize("change", ["cut", "longer", "header", "link", "empty"])
