@@ -9,12 +9,18 @@ Contenders, each a process of its own, take turns on one synthetic checkpoint:
 - floor: the same reads and the same writes in the same windows by the same workers, no arithmetic.
 - ancestor: load_file, torch's float8 cast, save_file, on the CPU, one shard at a time.
 
+Then, on the output of ours:
+
+- verify: ours with --verify.
+- again: ours once more, which finds nothing to do.
+
 Before each run the page cache is dropped where that is permitted. Prints medians with their spread
-and ends with one line of JSON. With --plan, it times what comes before the first byte is written,
-on the real layout of DeepSeek-V3 in sparse files.
+and ends with one line of JSON. With --plan, it times --dry-run and a run that finds nothing to do
+on the real layout of DeepSeek-V3, in sparse files and with what they hold cached.
 """
 
 import argparse
+import collections
 import json
 import os
 import platform
@@ -71,7 +77,48 @@ def run_import(source: str, out: str) -> None:
     import fp8_cast_bf16  # noqa: F401
 
 
+def run_verify(source: str, out: str) -> None:
+    import fp8_cast_bf16
+
+    fp8_cast_bf16.main(source, out, verify=True)
+
+
+def run_dry(source: str, out: str) -> None:
+    import fp8_cast_bf16
+
+    sparse = collections.namedtuple("usage", "total used free")(0, 0, 1 << 62)
+    fp8_cast_bf16.shutil.disk_usage = lambda folder: sparse  # sparse files need no space
+    fp8_cast_bf16.gc.set_threshold(200_000)  # as the script does
+    fp8_cast_bf16.main(source, out, device="cpu", dry_run=True)
+
+
+def run_again(source: str, out: str) -> None:
+    import fp8_cast_bf16
+
+    fp8_cast_bf16.gc.set_threshold(200_000)
+    fp8_cast_bf16.main(source, out, device="cpu")
+
+
+def run_layout(source: str, out: str) -> None:
+    """Make DeepSeek-V3's shards and what they are converted to, both of zeros, in sparse files."""
+    import fp8_cast_bf16
+    from make_checkpoint import deepseek_v3_tensors, make_layout
+
+    make_layout(Path(source), list(deepseek_v3_tensors()), 163)
+    plan = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(Path(source)))
+    os.makedirs(out)
+    for shard in plan.shards:
+        with open(Path(out, shard.name), "wb") as file:
+            file.write(shard.header)
+            file.truncate(shard.size)
+    for name, text in fp8_cast_bf16.bf16_texts(plan).items():
+        Path(out, name).write_text(text)
+
+
 RUNS = {"ours": run_ours, "floor": run_floor, "ancestor": run_ancestor, "import": run_import}
+LATER_RUNS = {"verify": run_verify, "again": run_again}
+PLAN_RUNS = {"import": run_import, "dry": run_dry, "again": run_again}
+ALL_RUNS = {**RUNS, **LATER_RUNS, **PLAN_RUNS, "layout": run_layout}
 
 
 def drop_caches() -> bool:
@@ -84,10 +131,12 @@ def drop_caches() -> bool:
     return True
 
 
-def timed(contender: str, source: Path, out: Path) -> dict[str, float]:
+def timed(contender: str, source: Path, out: Path, cold: bool = True) -> dict[str, float]:
     """Run one contender in a process of its own: seconds of wall and processor, peak bytes."""
-    shutil.rmtree(out, ignore_errors=True)
-    drop_caches()
+    if contender in RUNS:
+        shutil.rmtree(out, ignore_errors=True)
+    if cold:
+        drop_caches()
     command = [sys.executable, __file__, "--run", contender, str(source), str(out)]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -107,24 +156,31 @@ def summarize(runs: list[dict[str, float]]) -> dict[str, float]:
     return {**medians, "least": min(walls), "most": max(walls)}
 
 
-def plan_seconds(folder: str) -> None:
-    """Time reading the headers of DeepSeek-V3's 163 shards, and planning, in this process."""
-    import fp8_cast_bf16
-    from make_checkpoint import deepseek_v3_tensors, make_layout
+def print_table(figures: dict[str, dict[str, float]], written: int) -> None:
+    heads = ["wall s", "least", "most", "user s", "sys s", "peak MB", "GB/s out"]
+    print(f"{'':12}" + "".join(f"{head:>9}" for head in heads))
+    for contender, row in figures.items():
+        figure = [row[key] for key in ("wall", "least", "most", "user", "system")]
+        print(f"{contender:12}" + "".join(f"{seconds:9.2f}" for seconds in figure), end="")
+        rate = f"{written / row['wall'] / 1e9:9.2f}" if written and contender != "import" else ""
+        print(f"{row['peak'] / 1e6:9.0f}{rate}")
 
-    make_layout(Path(folder), list(deepseek_v3_tensors()), 163)
-    figures = {"load": [], "plan": []}
-    for _ in range(5):
-        began = time.perf_counter()
-        checkpoint = fp8_cast_bf16.load_checkpoint(Path(folder))
-        loaded = time.perf_counter()
-        fp8_cast_bf16.make_plan(checkpoint)
-        figures["load"].append(loaded - began)
-        figures["plan"].append(time.perf_counter() - loaded)
-    medians = {name: statistics.median(seconds) for name, seconds in figures.items()}
-    print(f"{len(checkpoint.tensors)} tensors: headers {medians['load']:.2f} s, ", end="")
-    print(f"plan {medians['plan']:.2f} s (medians of 5)")
-    print(json.dumps(medians))
+
+def measure_plan(folder: Path, times: int) -> None:
+    """Time what needs no data on DeepSeek-V3's 163 shards, of zeros, and their whole output."""
+    source, out = folder / "fp8", folder / "bf16"
+    timed("layout", source, out)
+    runs = {contender: [] for contender in PLAN_RUNS}
+    for contender in [*PLAN_RUNS] * (times + 1):  # the first time is for the cache
+        target = out if contender == "again" else folder / "none"
+        runs[contender].append(timed(contender, source, target, cold=False))
+    figures = {contender: summarize(results[1:]) for contender, results in runs.items()}
+    print(f"DeepSeek-V3, 91,991 tensors, {times} runs, cached")
+    print_table(figures, 0)
+    beyond = {name: figures[name]["wall"] - figures["import"]["wall"] for name in ("dry", "again")}
+    print(", ".join(f"{name}: {seconds:.2f} s" for name, seconds in beyond.items()), end="")
+    print(" beyond import")
+    print(json.dumps({"beyond_import": beyond, **figures}))
 
 
 def main() -> None:
@@ -137,7 +193,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.plan:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            return plan_seconds(folder)
+            return measure_plan(Path(folder), options.runs)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, out = Path(folder, "fp8"), Path(folder, "bf16")
         maker = [sys.executable, ROOT / "tests/make_checkpoint.py", source]
@@ -148,6 +204,8 @@ def main() -> None:
             for contender, results in runs.items():
                 results.append(timed(contender, source, out))
         timed("ours", source, out)
+        for contender in [*LATER_RUNS] * options.runs:
+            runs.setdefault(contender, []).append(timed(contender, source, out))
         read = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     figures = {contender: summarize(results) for contender, results in runs.items()}
@@ -162,21 +220,17 @@ def main() -> None:
     cold = "cold" if drop_caches() else "as it comes (dropping it is not permitted)"
     print(f"{platform.machine()}, {os.cpu_count()} cores; {read / 1e9:.2f} GB in, ", end="")
     print(f"{written / 1e9:.2f} GB out, {options.shards} shards; {options.runs} runs, cache {cold}")
-    heads = ["wall s", "least", "most", "user s", "sys s", "peak MB", "GB/s out"]
-    print(f"{'':12}" + "".join(f"{head:>9}" for head in heads))
-    for contender, row in figures.items():
-        figure = [row[key] for key in ("wall", "least", "most", "user", "system")]
-        print(f"{contender:12}" + "".join(f"{seconds:9.2f}" for seconds in figure), end="")
-        rate = "" if contender == "import" else f"{written / row['wall'] / 1e9:9.2f}"
-        print(f"{row['peak'] / 1e6:9.0f}{rate}")
+    print_table(figures, written)
     print(f"net of import, ours takes {against_floor:.2f} x the floor's time (median of pairs)")
     print(f"whole process, the ancestor takes {against_ancestor:.1f} x ours (median of pairs)")
+    seconds = figures["verify"]["wall"] - startup
+    print(f"net of import, verify reads {(read + written) / seconds / 1e9:.2f} GB/s")
     totals = {"bytes_in": read, "bytes_out": written, "ours_over_floor": against_floor}
     print(json.dumps({**totals, "ancestor_over_ours": against_ancestor, **figures}))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
-        RUNS[sys.argv[2]](sys.argv[3], sys.argv[4])
+        ALL_RUNS[sys.argv[2]](sys.argv[3], sys.argv[4])
     else:
         main()
