@@ -260,9 +260,8 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
     for name, entry in header.items():
         module, _, leaf = name.rpartition(".")
         start, stop = entry["data_offsets"]
-        span = 8 + size + start, 8 + size + stop
-        kind = entry["dtype"], tuple(entry["shape"])
-        tensors.append(Tensor(name, module, leaf, *kind, path, *span))
+        tensors.append(Tensor(name, module, leaf, entry["dtype"], tuple(entry["shape"]), path,
+                              8 + size + start, 8 + size + stop))
     return metadata, tensors
 
 
@@ -551,6 +550,7 @@ def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantizati
     leaves = {tensor.leaf for tensor in tensors.values()}
     kinds = {kind: [end for end in ends if any(s.endswith(end.split(".")[-1]) for s in leaves)]
              for kind, ends in SCALE_NAMES.items()}
+    seconds = any(leaf.endswith(("_scale_2", "global_scale")) for leaf in leaves)
     # What is named like a scale comes last: it is a weight only if no weight has used it.
     for weight in sorted(candidates, key=lambda t: bool(matches(SCALE_LEAF, t.leaf))):
         leaf = weight.leaf
@@ -563,9 +563,12 @@ def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantizati
             if name != weight.name or (weight.dtype == "U8" and weight.module in hints.codes):
                 raise CheckpointError(f"{weight.path}: {weight.name} ({weight.dtype}) has no scale")
             continue
-        second = find_second(weight, scale, tensors)
+        second = None
+        if scale is not None:
+            if seconds or scale.dtype == "F8_E4M3":
+                second = find_second(weight, scale, tensors)
+            consumed.update(used.name for used in (scale, second, *others) if used)
         quantizations[weight.name] = quantize(weight, scale, second, hints)
-        consumed |= {used.name for used in (scale, second, *others) if used}
         if name != weight.name and name in outputs:
             raise CheckpointError(f"{weight.path}: {weight.name} becomes {name}, which exists too")
         outputs.add(name)
@@ -603,10 +606,8 @@ def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints,
     return []
 
 
-def find_second(weight: Tensor, scale: Tensor | None, tensors: dict[str, Tensor]) -> Tensor | None:
+def find_second(weight: Tensor, scale: Tensor, tensors: dict[str, Tensor]) -> Tensor | None:
     """Return the scale of an NVFP4 weight's scales: ModelOpt's factor or the other's divisor."""
-    if scale is None:
-        return None
     names, wanted = {scale.name + "_2", weight.name + "_scale_2"}, scale.dtype == "F8_E4M3"
     if wanted:
         names.add(re.sub("scale(_inv)?$", "global_scale", scale.name))
