@@ -23,6 +23,7 @@ import filecmp
 import fnmatch
 import functools
 import gc
+import hashlib
 import itertools
 import json
 import math
@@ -39,7 +40,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import pairwise
@@ -133,6 +134,8 @@ REFUSED_NAME = re.compile("|".join(f"({pattern})" for pattern in REFUSED))
 MISSING_SCALE = ["keep", "cast", "error"]
 JSON_LIMIT = 100_000_000  # bytes of an index or a config: what safetensors allows a header
 SMALL_LIMIT = 16 << 20  # bytes of tensors that are read to plan: zero points, orders, notes
+SPAN = 16  # windows that follow each other, of which a rank takes care
+POLL = 0.5  # seconds between looks at what other ranks do
 PAGE = 4096  # the alignment that direct I/O asks of offsets, lengths and memory
 WINDOW = 16 << 20
 WORKER_MEMORY = 3 * WINDOW // 2 + (2 << 20)  # bytes: buffers, and what the CPU's decoding takes
@@ -696,6 +699,78 @@ def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
     return Shard(name, text, steps)
 
 
+# --- job: the ranks that share the work, of which there is one without torchrun ---
+
+
+class Job:
+    """The ranks that torchrun has started, and the store of the launcher through which they speak.
+
+    A process of its own is rank 0 of 1, and counts by itself.
+    """
+
+    def __init__(self):
+        self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
+        self.lock, self.counts, self.store = threading.Lock(), Counter(), None
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_torchelastic_launched():
+            self.store, self.rank, self.size = next(iter(distributed.rendezvous("env://")))
+            self.local_rank = int(os.environ["LOCAL_RANK"])
+            self.local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+
+    def add(self, key: str, count: int) -> int:
+        """Add to what all ranks have counted under a key, and return the sum."""
+        if self.store is not None:
+            return self.store.add(key, count)
+        with self.lock:
+            self.counts[key] += count
+            return self.counts[key]
+
+    def claimed(self, key: str, tasks: Iterable) -> Iterator:
+        """Yield those of the tasks, the same on all ranks, that no other rank has got."""
+        mine = None
+        for number, task in enumerate(tasks):
+            mine = self.add(key, 1) - 1 if mine is None else mine
+            if number == mine:
+                yield task
+                mine = None
+
+    def tell(self, key: str, value) -> None:
+        if self.store is not None:
+            self.store.set(key, json.dumps(value))
+
+    def hear(self, key: str):
+        """Return what a rank tells under a key, once it does."""
+        while not self.store.check([key]):  # wait() would keep signals from us
+            time.sleep(POLL)
+        return json.loads(self.store.get(key))
+
+    def share(self, key: str, value):
+        """Return what rank 0 gives."""
+        if self.rank == 0:
+            self.tell(key, value)
+            return value
+        return self.hear(key)
+
+    def gather(self, key: str, value) -> list:
+        """Return what every rank gives, in their order, to rank 0; its own to any other."""
+        self.tell(f"{key}/{self.rank}", value)
+        others = range(1, self.size) if self.rank == 0 else ()
+        return [value, *(self.hear(f"{key}/{rank}") for rank in others)]
+
+    def agree(self, plan: Plan) -> None:
+        """Raise CheckpointError unless all ranks have the same plan."""
+        if self.size == 1:
+            return
+        parts = [(shard.name, shard.header, [(*step[:3], step.source.path.name, step.source.start,
+                                              step.quantization and step.quantization[3])
+                                             for step in shard.steps]) for shard in plan.shards]
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        if digest != (first := self.share("plan", digest)):
+            raise CheckpointError(f"{plan.checkpoint.root}: rank {self.rank} finds a checkpoint "
+                                  f"there with the plan {digest}, rank 0 one with {first}; give "
+                                  "all the same input")
+
+
 # --- render: the bytes [start, stop) of one planned shard ---
 
 
@@ -779,15 +854,23 @@ class Worker:
         self.files.clear()
 
 
-def run_workers(doing: str, pool: list[Worker], tasks: Iterator[tuple], work: Callable,
+def run_workers(job: Job, doing: str, pool: list[Worker], tasks: Iterator[tuple], work: Callable,
                 total: int) -> None:
     """Let every worker, a thread each, take tasks until there are none or one of them has failed.
 
     A task is a shard and what `work` takes after the worker and the shard; work returns how many
-    of `total` bytes are done.
+    of `total` bytes are done. Rank 0 returns when all ranks together have done those.
     """
     lock, stopped = threading.Lock(), threading.Event()
-    bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)
+    done = pending = told = 0
+    bar = tqdm(total=total, unit="B", unit_scale=True, disable=job.rank > 0 or None)
+
+    def count(size: int, now: float) -> None:
+        nonlocal done, pending, told
+        pending += size
+        if job.size == 1 or now - told > POLL:  # so the store hears from few ranks at a time
+            done, pending, told = job.add(doing, pending), 0, now
+            bar.update(done - bar.n)
 
     def loop(worker: Worker) -> None:
         torch.set_num_threads(1)  # the workers are the threads
@@ -797,15 +880,19 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterator[tuple], work: Ca
                 task = None if stopped.is_set() else next(tasks, None)
             if task is None:
                 break
-            done = work(worker, *task)
+            size = work(worker, *task)
             with lock:
                 bar.set_description(f"{doing} {task[0].name}", refresh=False)
-                bar.update(done)
+                count(size, time.monotonic())
 
     threads, executor = torch.get_num_threads(), ThreadPoolExecutor(len(pool))
     try:
         for future in as_completed([executor.submit(loop, worker) for worker in pool]):
             future.result()
+        count(0, math.inf)
+        while job.rank == 0 and done < total:
+            time.sleep(POLL)
+            count(0, math.inf)
     finally:
         stopped.set()
         executor.shutdown()
@@ -892,13 +979,13 @@ def is_divisor(second: Tensor) -> bool:
 # --- write: windows under a temporary name, then the final one ---
 
 
-def direct_flag(root: Path) -> int:
+def direct_flag(root: Path, rank: int) -> int:
     """Return O_DIRECT where this folder's file system takes it, else 0.
 
     Direct writes skip the page cache, which a file larger than memory only slows down. Where they
     are refused (tmpfs, some network file systems, other than Linux), plain writes do the same.
     """
-    flag, probe = getattr(os, "O_DIRECT", 0), temporary(root / PROBE)
+    flag, probe = getattr(os, "O_DIRECT", 0), temporary(root / f"{PROBE}{rank}")
     try:
         with naming(probe), open_output(probe, flag | os.O_CREAT) as file:
             file.write(as_bytes(page_aligned(PAGE, False)))
@@ -932,26 +1019,35 @@ def sync_folder(folder: Path) -> None:
 
 
 class Output:
-    """The shards being written. Windows come in any order; a shard gets its name with the last."""
+    """The shards being written, in windows that come in any order and from any rank.
 
-    def __init__(self, shards: list[Shard], root: Path, window: int):
-        self.root = root
-        self.direct = direct_flag(root)
+    Ranks share out spans, some windows that follow each other. A rank syncs a shard after each of
+    its spans. With the last span of all, the shard is whole and gets its name.
+    """
+
+    def __init__(self, job: Job, shards: list[Shard], root: Path, window: int):
+        self.job, self.root = job, root
+        self.direct = direct_flag(root, job.rank)
         self.lock = threading.Lock()
-        self.unwritten = {}  # windows left of each shard that has been begun
+        self.left = {}  # windows that are not written, by shard and start of the span
+        self.begun = set()
         self.windows = self._windows(shards, window)
 
-    def _windows(self, shards: list[Shard], window: int) -> Iterator[tuple[Shard, int, int]]:
-        for shard in shards:
-            starts = range(0, shard.size, window)
-            self.unwritten[shard.name] = len(starts)
-            path = temporary(self.root / shard.name)
-            with naming(path), open(path, "wb", 0) as file:
-                file.truncate(shard.size)
+    def _windows(self, shards: list[Shard], window: int) -> Iterator[tuple[Shard, int, int, int]]:
+        spans = ((shard, start) for shard in sorted(shards, key=lambda shard: -shard.size)
+                 for start in range(0, shard.size, SPAN * window))
+        for shard, span in self.job.claimed("span", spans):
+            starts = range(span, min(span + SPAN * window, shard.size), window)
+            self.left[shard.name, span] = len(starts)
+            if shard.name not in self.begun:
+                self.begun.add(shard.name)
+                path = temporary(self.root / shard.name)
+                with naming(path), open_output(path, os.O_CREAT) as file:
+                    file.truncate(shard.size)
             for start in starts:
-                yield shard, start, min(start + window, shard.size)
+                yield shard, span, start, min(start + window, shard.size)
 
-    def write(self, worker: Worker, shard: Shard, start: int, stop: int) -> int:
+    def write(self, worker: Worker, shard: Shard, span: int, start: int, stop: int) -> int:
         """Render a window and write it. What fills its last page is cut off at the end."""
         render(shard, start, stop, worker)
         view = as_bytes(worker.out)[: -(-(stop - start) // PAGE) * PAGE]
@@ -961,28 +1057,38 @@ class Output:
             while view:
                 view = view[file.write(view) :]
         with self.lock:
-            self.unwritten[shard.name] -= 1
-            whole = not self.unwritten[shard.name]
-        if whole:
-            with worker.timed("syncing"), naming(path), open_output(path) as file:
-                file.truncate(shard.size)
-                os.fsync(file.fileno())
-            os.replace(path, self.root / shard.name)
-            del self.unwritten[shard.name]
+            self.left[shard.name, span] -= 1
+            written = not self.left[shard.name, span]
+        if written:
+            size = min(SPAN * len(worker.out), shard.size - span)
+            self.finish(worker, shard, size)
         return stop - start
 
+    def finish(self, worker: Worker, shard: Shard, size: int) -> None:
+        """Make `size` more bytes of a shard durable, and give it its name if those are the last."""
+        path = temporary(self.root / shard.name)
+        with worker.timed("syncing"), naming(path), open_output(path) as file:
+            os.fsync(file.fileno())
+            if self.job.add(f"synced {shard.name}", size) < shard.size:
+                return
+            file.truncate(shard.size)
+            os.fsync(file.fileno())
+        os.replace(path, self.root / shard.name)
+        self.begun.discard(shard.name)
+
     def discard(self) -> None:
-        """Remove the shards that are not whole."""
-        for name in self.unwritten:
+        """Remove the shards that are not whole, unless other ranks may still be writing them."""
+        for name in self.begun if self.job.size == 1 else ():
             temporary(self.root / name).unlink(missing_ok=True)
 
 
-def write_shards(shards: list[Shard], root: Path, pool: list[Worker], window: int) -> None:
+def write_shards(job: Job, shards: list[Shard], root: Path, pool: list[Worker],
+                 window: int) -> None:
     """Write shards into the folder `root`, each under its name once it is whole."""
-    output = Output(shards, root, window)
+    output = Output(job, shards, root, window)
     try:
         size = sum(shard.size for shard in shards)
-        run_workers("writing", pool, output.windows, output.write, size)
+        run_workers(job, "writing", pool, output.windows, output.write, size)
     finally:
         output.discard()
     sync_folder(root)
@@ -991,7 +1097,7 @@ def write_shards(shards: list[Shard], root: Path, pool: list[Worker], window: in
 # --- resume: the shards of an earlier run that can stay ---
 
 
-def find_done(plan: Plan, out: Path, workers: int) -> set[str]:
+def find_done(job: Job, plan: Plan, out: Path, workers: int) -> set[str]:
     """Return the names of shards in the output that are as planned.
 
     Their header must be the planned one, and SAMPLES pieces of every tensor, with its first and its
@@ -1010,7 +1116,8 @@ def find_done(plan: Plan, out: Path, workers: int) -> set[str]:
     tasks = ((shard, shard.steps[at : at + 100]) for shard in found
              for at in range(0, len(shard.steps), 100))
     pool = [Worker(torch.device("cpu"), 0) for _ in range(workers)]
-    run_workers("checking", pool, tasks, check, sum(shard.size for shard in found))
+    size = sum(shard.size - len(shard.header) for shard in found)
+    run_workers(job, "checking", pool, tasks, check, size)
     return done
 
 
@@ -1188,7 +1295,8 @@ def find_stale(plan: Plan, out: Path, done: set[str], extras: Extras) -> list[Pa
     shards = [shard.name for shard in plan.shards]
     names = EDITED_FILES + QUANTIZATION_FILES + [name for name in shards if name not in done]
     paths = [out / name for name in names]
-    paths += [temporary(out / name) for name in [PROBE, *EDITED_FILES, *shards, *extras.copied]]
+    paths += [temporary(out / name) for name in [*EDITED_FILES, *shards, *extras.copied]]
+    paths += sorted(out.glob(f"{PROBE}*{TEMPORARY_SUFFIX}"))
     return [path for path in paths if os.path.lexists(path)]
 
 
@@ -1321,6 +1429,11 @@ def chunks(step: Step) -> Iterator[tuple[int, int, int, int]]:
             yield row, col, min(height, rows - row), min(width, cols - col)
 
 
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    return iter(lambda: [*itertools.islice(items, size)], [])
+
+
 def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
     """Return a rectangle of a dequantized weight, (M, N) bfloat16."""
     codes, _, scale, grid, _ = step.quantization
@@ -1362,9 +1475,11 @@ def reference_scales(quantization: Quantization, row: int, col: int, M: int, N: 
     return wide.index_select(0, rows - first_row)
 
 
-def find_differences(plan: Plan, out: Path, texts: dict[str, str], workers: int) -> list[str]:
+def find_differences(job: Job, plan: Plan, out: Path, texts: dict[str, str],
+                     workers: int) -> list[str]:
     """Return in what an output, whoever made it, is not the plan's: a line for each difference.
 
+    Ranks share the reading, and rank 0 gets all that they find.
     How tensors are spread over shards is free, and so are the order and padding of headers and the
     payload of a NaN.
     """
@@ -1386,20 +1501,32 @@ def find_differences(plan: Plan, out: Path, texts: dict[str, str], workers: int)
                 found.append(f"{name}: is {tensor.dtype} {list(tensor.shape)}, expected "
                              f"{expected[0]} {list(expected[1])}")
     found += differing_texts(result, texts)
+    steps = [(shard, step) for shard in plan.shards for step in shard.steps
+             if step.name in comparable]
     first, lock = {}, threading.Lock()  # the first difference of each tensor
 
     def compare(worker: Worker, shard: Shard, step: Step, rectangle: tuple[int, ...]) -> int:
-        difference = compare_chunk(step, comparable[step.name], rectangle, worker)
+        row, col, M, N = rectangle
+        earlier = step.name in first and first[step.name][0] < row * N + col
+        difference = None
+        if not earlier:
+            difference = compare_chunk(step, comparable[step.name], rectangle, worker)
         if difference:
             with lock:
                 first[step.name] = min(first.get(step.name, difference), difference)
-        return math.prod(rectangle[2:]) * (2 if step.quantization else 1)
+        return M * N * (2 if step.quantization else 1)
 
-    tasks = ((shard, step, rectangle) for shard in plan.shards for step in shard.steps
-             if step.name in comparable for rectangle in chunks(step) if step.name not in first)
+    tasks = job.claimed("rectangles", ((*place, rectangles) for place in steps
+                                       for rectangles in batches(chunks(place[1]), SPAN)))
+    tasks = ((shard, step, one) for shard, step, rectangles in tasks for one in rectangles)
     pool = [Worker(torch.device("cpu"), 0) for _ in range(workers)]
-    run_workers("verifying", pool, tasks, compare, plan.size)
-    for name, (element, got, expected) in sorted(first.items()):
+    size = sum(step.stop - step.start for _, step in steps)
+    run_workers(job, "verifying", pool, tasks, compare, size)
+    firsts = {}
+    for part in job.gather("differences", first):
+        for name, difference in part.items():
+            firsts[name] = min(firsts.get(name, (*difference,)), (*difference,))
+    for name, (element, got, expected) in sorted(firsts.items()):
         place = []
         for size in reversed(comparable[name].shape):
             element, at = divmod(element, size)
@@ -1519,8 +1646,11 @@ def sized(count: int) -> str:
     return tqdm.format_sizeof(count, "B")
 
 
-def pick_device(name: str) -> tuple[torch.device, str]:
-    """Return the device that an argument names, and why it is that one. Raises UsageError."""
+def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
+    """Return the device that an argument names, and why it is that one. Raises UsageError.
+
+    Ranks on one machine share out its GPUs, unless the argument has a number.
+    """
     if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", name):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     cpu, count = torch.device("cpu"), torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -1528,7 +1658,8 @@ def pick_device(name: str) -> tuple[torch.device, str]:
         return cpu, "as asked"
     if name == "auto" and not count:
         return cpu, "torch sees no CUDA device"
-    device = torch.device("cuda", int(name[5:] or 0) if name != "auto" else 0)
+    number = int(name[5:]) if name[5:] else local_rank % max(1, count)
+    device = torch.device("cuda", number)
     try:
         if device.index >= count:
             raise UsageError(f"torch sees {count} CUDA devices")
@@ -1574,7 +1705,10 @@ def main(fp8_path: str | Path, bf16_path: str | Path, *, device: str = "auto",
     """
     began = time.perf_counter()
     source, out, report = Path(fp8_path), Path(bf16_path), Path(report) if report else None
-    workers = min(16, max(4, 2 * (os.cpu_count() or 1))) if workers is None else workers
+    job = Job()
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(16, max(4, 2 * (cores or 1) // job.local_size))
     if workers < 1:
         raise UsageError(f"--workers {workers}: expected a positive number")
     if missing_scale not in MISSING_SCALE:
@@ -1582,17 +1716,23 @@ def main(fp8_path: str | Path, bf16_path: str | Path, *, device: str = "auto",
     if dry_run and verify:
         raise UsageError("--dry-run and --verify: expected one of them")
     check_folders(source, out, report)
-    chosen, why = pick_device("cpu" if verify else device)
-    say(f"Device: {chosen} ({why}), {workers} workers")
+    chosen, why = pick_device("cpu" if verify else device, job.local_rank)
+    if job.rank == 0:
+        ranks = f", {job.size} ranks" if job.size > 1 else ""
+        say(f"Device: {chosen} ({why}), {workers} workers{ranks}")
     plan = make_plan(load_checkpoint(source), missing_scale)
+    job.agree(plan)
     extras = find_extras(plan)
     record = describe(plan, extras, missing_scale)
-    tell_plan(record)
+    if job.rank == 0:
+        tell_plan(record)
     if verify:
-        record["differences"] = find_differences(plan, out, extras.texts, workers)
+        record["differences"] = find_differences(job, plan, out, extras.texts, workers)
         record["seconds"] = {}
     else:
-        record |= convert(plan, out, extras, chosen, workers, dry_run)
+        record |= convert(job, plan, out, extras, chosen, workers, dry_run)
+    if job.rank > 0:
+        return
     record["seconds"]["total"] = time.perf_counter() - began
     if report is not None:
         options = {"input": str(source), "output": str(out), "device": str(chosen),
@@ -1606,13 +1746,53 @@ def main(fp8_path: str | Path, bf16_path: str | Path, *, device: str = "auto",
         tell_converted(record)
 
 
-def convert(plan: Plan, out: Path, extras: Extras, device: torch.device, workers: int,
+def convert(job: Job, plan: Plan, out: Path, extras: Extras, device: torch.device, workers: int,
             dry_run: bool) -> dict:
-    """Make the output of a plan, or what is missing of it; return a record of what was done."""
-    done = find_done(plan, out, workers)
+    """Make the output of a plan, or what is missing of it; return a record of what was done.
+
+    Rank 0 looks after the folder: what is there, what must go, and what completes it.
+    """
+    with ExitStack() as stack:
+        todo, known = None, {}
+        if job.rank == 0:
+            done, complete = preflight(job, plan, out, extras, workers)
+            known = {"shards_already_there": sorted(done), "complete": complete}
+            if not (complete or dry_run):
+                todo = [shard.name for shard in plan.shards if shard.name not in done]
+                out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(out))
+                for path in find_stale(plan, out, done, extras):
+                    path.unlink(missing_ok=True)
+                sync_folder(out)
+        todo = job.share("todo", todo)
+        shards = [shard for shard in plan.shards if shard.name in (todo or ())]
+        pool = [Worker(device, WINDOW) for _ in range(workers)] if shards else []
+        if shards:
+            write_shards(job, shards, out, pool, WINDOW)
+        if job.rank == 0 and todo is not None:
+            publish(plan.checkpoint.root, out, extras)
+    specials, seconds = Counter(), Counter(dict.fromkeys(PHASES, 0.0))
+    for worker in pool:
+        specials.update(worker.specials)
+        seconds.update(worker.seconds)
+    counts = {kind: {name: n for (name, what), n in specials.items() if what == kind}
+              for kind in SPECIALS}
+    for other_counts, other_seconds in job.gather("counts", (counts, seconds))[1:]:
+        seconds.update(other_seconds)
+        for kind in SPECIALS:
+            counts[kind] = Counter(counts[kind]) + Counter(other_counts[kind])
+    written = sum(shard.size for shard in shards)
+    return {**known, "bytes_written": written, **counts, "seconds": dict(seconds)}
+
+
+def preflight(job: Job, plan: Plan, out: Path, extras: Extras, workers: int) -> tuple[set, bool]:
+    """Return which shards are there already, and whether everything is.
+
+    Prints what is missing and what there is room for. Raises CheckpointError if it does not fit.
+    """
+    done = find_done(job, plan, out, workers)
     needed, free = measure_space(plan, out, done, extras)
-    todo = [shard for shard in plan.shards if shard.name not in done]
-    pool, complete = [], is_complete(plan, out, done, extras)
+    complete = is_complete(plan, out, done, extras)
     if done:
         say(f"Already there: {len(done)} of {len(plan.shards)} shards")
     say(f"Space: {sized(0 if complete else needed)} to write, {sized(free)} free; memory: {workers}"
@@ -1620,27 +1800,7 @@ def convert(plan: Plan, out: Path, extras: Extras, device: torch.device, workers
     if needed > free and not complete:
         raise CheckpointError(f"{out}: there is {sized(needed - free)} too little space for it; "
                               "free some or give another output")
-    if not (complete or dry_run):
-        out.mkdir(parents=True, exist_ok=True)
-        with locked(out):
-            for path in find_stale(plan, out, done, extras):
-                path.unlink(missing_ok=True)
-            sync_folder(out)
-            if todo:
-                pool = [Worker(device, WINDOW) for _ in range(workers)]
-                write_shards(todo, out, pool, WINDOW)
-            publish(plan.checkpoint.root, out, extras)
-    specials = Counter()
-    for worker in pool:
-        specials.update(worker.specials)
-    return {
-        "shards_already_there": sorted(done),
-        "complete": complete,
-        "bytes_written": sum(shard.size for shard in todo) if pool else 0,
-        **{kind: {name: count for (name, what), count in sorted(specials.items()) if what == kind}
-           for kind in SPECIALS},
-        "seconds": {phase: sum(worker.seconds[phase] for worker in pool) for phase in PHASES},
-    }
+    return done, complete
 
 
 def describe(plan: Plan, extras: Extras, missing_scale: str) -> dict:
@@ -1774,7 +1934,8 @@ def cli(arguments: list[str] | None = None) -> int:
         print(f"error: {printable(text)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        print("interrupted: the output is not complete", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted: the output is not complete", file=sys.stderr)
         return 128 + (interrupt.args or [signal.SIGINT])[0]
     return 0
 
