@@ -36,7 +36,7 @@ import sys
 import threading
 import time
 import warnings
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -96,7 +96,7 @@ SCALE_NAMES = {re.compile(kind, re.DOTALL): ends.split() for kind, ends in SCALE
 # The patterns below are of leaves, the last parts of names, but for the refused: of dtype and leaf.
 ORPHAN_ENDINGS = "_scale_inv", "_scales_inv"  # dropped even without a weight: no loader knows them
 RENAMED = re.compile("weight_packed|_weight_qdata")  # to weight
-SCALE_LEAF = re.compile(".*(_scale_inv|_scales_inv|_scale|qscale_weight|scale_weight)|scale")
+SCALE_LEAF = re.compile("(?s).*(_scale_inv|_scales_inv|_scale|qscale_weight|scale_weight)|scale")
 # Of two scales that could both be meant, the one that the loader for a quant_method reads.
 SCALE_OF_METHOD = {
     **dict.fromkeys(["fp8", "mxfp8"], "_scale_inv"),
@@ -104,7 +104,7 @@ SCALE_OF_METHOD = {
 }
 # What is of no use once the weight beside it is BF16.
 SIDE_TENSOR = re.compile(
-    r"(.*_)?(input_scale|activation_scale|qscale_act|scale_input|input_scale_ub|global_scale|"
+    r"(?s)(.*_)?(input_scale|activation_scale|qscale_act|scale_input|input_scale_ub|global_scale|"
     r"output_scale|weight_shape|comfy_quant|(?P<zero_point>zero_point|zp)|(?P<order>g_idx))"
 )
 # Scales of the key-value cache and of activations that layers share, and ComfyUI's mark.
@@ -129,12 +129,15 @@ REFUSED = {
 }
 # Refused only beside a tensor that is named with the second word in place of the first.
 REFUSED_WITH = {"bitmask": "compressed", "_blocks": "_scales"}
-REFUSED_NAME = re.compile("|".join(f"({pattern})" for pattern in REFUSED))
+REFUSED_NAME = re.compile("|".join(f"({pattern})" for pattern in REFUSED), re.DOTALL)
 
 MISSING_SCALE = ["keep", "cast", "error"]
-JSON_LIMIT = 100_000_000  # bytes of an index or a config: what safetensors allows a header
+HEADER_LIMIT = 100_000_000  # bytes, from safetensors; the index lists no more than headers do
+CONFIG_LIMIT, DEPTH_LIMIT = 10_000_000, 100  # bytes and levels, far more than any model needs
+BLOCK_SIZES_LIMIT = 64  # that a config may name
 SMALL_LIMIT = 16 << 20  # bytes of tensors that are read to plan: zero points, orders, notes
 SPAN = 16  # windows that follow each other, of which a rank takes care
+SCALES = 1 << 20  # that a worker holds at most
 POLL = 0.5  # seconds between looks at what other ranks do
 PAGE = 4096  # the alignment that direct I/O asks of offsets, lengths and memory
 WINDOW = 16 << 20
@@ -142,6 +145,7 @@ WORKER_MEMORY = 3 * WINDOW // 2 + (2 << 20)  # bytes: buffers, and what the CPU'
 TEMPORARY_SUFFIX = ".tmp"
 PROBE = "fp8_cast_bf16"  # a temporary file that finds out how to write
 MESSAGE_LIMIT = 2000  # characters
+NAME_LIMIT = 255  # bytes, on most file systems
 OPEN_FILES = 8  # that a worker holds open: its shard and those in which scales stand
 SAMPLE, SAMPLES = 16, 4  # elements around a place, and places that a resumed run looks at
 PHASES = ["reading", "decoding", "writing", "syncing"]
@@ -150,6 +154,13 @@ SPECIALS = ["NaN", "infinite"]
 
 class CheckpointError(Exception):
     """Something about the checkpoint that its user can mend: names the file and the tensor."""
+
+
+def printable(text: str) -> str:
+    """Return text that a terminal can show and that does not steer it, whatever a tensor's name."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 @contextmanager
@@ -204,9 +215,11 @@ def is_plain(path: Path, root: Path) -> bool:
     A link may lead to a private file, which must not end up in an output that gets published. A
     Hugging Face cache keeps the files of a snapshot as links into its own `blobs`: those count.
     """
-    root = root.resolve()
-    inside = [root, *(p.parent / "blobs" for p in root.parents if p.name == "snapshots")]
-    return path.is_file() and any(path.resolve().is_relative_to(folder) for folder in inside)
+    root, target = root.resolve(), path.resolve()
+    inside = [root, *(p.parent / "blobs" for p in root.parents
+                      if p.name == "snapshots" and p.parent.name.startswith("models--"))]
+    tool = target.is_relative_to(root) and {*TOOL_FOLDERS} & {*target.relative_to(root).parts}
+    return path.is_file() and not tool and any(target.is_relative_to(place) for place in inside)
 
 
 def parse_json(path: Path, text: bytes) -> dict:
@@ -236,31 +249,42 @@ def read_json(path: Path) -> dict | None:
     if not is_plain(path, path.parent):
         raise CheckpointError(f"{path}: is no file of the checkpoint itself: a link to nothing "
                               "or elsewhere, or a device; put the file there")
-    if (size := path.stat().st_size) > JSON_LIMIT:
-        raise CheckpointError(f"{path}: has {size} bytes; expected at most {JSON_LIMIT}")
-    return parse_json(path, path.read_bytes())
+    limit = HEADER_LIMIT if path.name == INDEX_NAME else CONFIG_LIMIT
+    if (size := path.stat().st_size) > limit:
+        raise CheckpointError(f"{path}: has {size} bytes; expected at most {limit}")
+    value = parse_json(path, path.read_bytes())
+    level = [value]
+    for _ in range(DEPTH_LIMIT):
+        level = [item for part in level if isinstance(part, dict | list)
+                 for item in (part.values() if isinstance(part, dict) else part)]
+    if level:
+        raise CheckpointError(f"{path}: is nested too deep; expected at most {DEPTH_LIMIT} levels")
+    return value
 
 
 def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
     """Return a shard's metadata and its tensors. safetensors' own parser judges the file."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the download is incomplete")
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-    except RuntimeError as error:
-        # With the header accepted, torch maps the data, which a machine with less memory than the
-        # file may refuse. Nothing here needs that map.
-        if "mmap" not in str(error):
-            raise
     with naming(path), open(path, "rb") as file:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
+        except RuntimeError as error:
+            # With the header accepted, torch maps the data, which a machine with less memory than
+            # the file may refuse. Nothing here needs that map.
+            if "mmap" not in str(error):
+                raise
         size = int.from_bytes(file.read(8), "little")
         header = parse_json(path, file.read(size))
     metadata = header.pop("__metadata__", None) or {}
     tensors = []
     for name, entry in header.items():
+        # that parser takes lists for objects, too
+        if not (isinstance(entry, dict) and isinstance(entry["dtype"], str)):
+            raise CheckpointError(f"{path}: {name} is described in no known way; download it again")
         module, _, leaf = name.rpartition(".")
         start, stop = entry["data_offsets"]
         tensors.append(Tensor(name, module, leaf, entry["dtype"], tuple(entry["shape"]), path,
@@ -293,8 +317,8 @@ def load_checkpoint(root: Path) -> Checkpoint:
     The headers are the truth. The index decides which shards count and, where two of them hold a
     tensor of the same name, which one does. Raises CheckpointError.
     """
-    if not root.is_dir():
-        raise CheckpointError(f"{root}: no such folder; give the checkpoint's folder")
+    if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
+        raise CheckpointError(f"{root}: no such folder, or not to be read; give the checkpoint's")
     index = read_json(root / INDEX_NAME)
     shards, tensors, holders = {}, {}, {}
     for shard in find_shards(root, index):
@@ -411,7 +435,7 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
                               "dequantize it with the tool that made it")
     missing = settle_missing(quantizations, tensors, missing_scale)
     settled = {*quantizations, *(tensor.name for tensor in missing)}
-    modules = {tensors[name].module for name in quantizations}
+    modules = {tensors[name].module: entry for name, entry in quantizations.items()}
     dropped, orphans, kept = [], [], {name: [] for name in checkpoint.shards}
     for tensor in tensors.values():
         if tensor.name in consumed or is_side_tensor(tensor, modules):
@@ -438,7 +462,7 @@ def settle_missing(quantizations: dict[str, Quantization], tensors: dict[str, Te
                    missing_scale: str) -> list[Tensor]:
     """Return the FP8 weights without a scale, and strike out those that are kept as they are."""
     missing = [tensors[name] for name, entry in quantizations.items() if entry.scale is None]
-    scales = [t.name for t in tensors.values() if "scale" in t.leaf] if missing else []
+    scales = sorted(t.name for t in tensors.values() if "scale" in t.leaf) if missing else []
     for weight in missing:
         if missing_scale == "keep":
             del quantizations[weight.name]
@@ -448,10 +472,11 @@ def settle_missing(quantizations: dict[str, Quantization], tensors: dict[str, Te
                                   "cast takes their scale as 1")
         else:
             name = weight.name
-            own = name + "_", name + ".", name.removesuffix("weight") + "scales"
-            if beside := [scale for scale in scales if scale.startswith(own)]:
-                raise CheckpointError(f"{weight.path}: {weight.name} cannot be cast, for "
-                                      f"{beside[0]} seems to be its scale, of no known format")
+            for own in name + "_", name + ".", name.removesuffix("weight") + "scales":
+                beside = "".join(scales[(at := bisect_left(scales, own)) : at + 1])
+                if beside.startswith(own):
+                    raise CheckpointError(f"{weight.path}: {weight.name} cannot be cast, for "
+                                          f"{beside} seems to be its scale, of no known format")
     return missing
 
 
@@ -507,7 +532,10 @@ def read_hints(checkpoint: Checkpoint) -> Hints:
                 sizes.append((int(m[1]), int(m[2])))
             case "group_size", int():
                 sizes.append((1, value))
-    sizes = tuple(size for size in sizes if min(size) > 0 and max(size) < 1 << 31)
+    sizes = tuple(dict.fromkeys(s for s in sizes if min(s) > 0 and max(s) < 1 << 31))
+    if len(sizes) > BLOCK_SIZES_LIMIT:
+        raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: names {len(sizes)} block sizes; "
+                              f"expected at most {BLOCK_SIZES_LIMIT}")
     return Hints(methods, sizes, comfy_codes(checkpoint))
 
 
@@ -521,15 +549,16 @@ def comfy_codes(checkpoint: Checkpoint) -> dict[str, str]:
     try:
         for shard, metadata in checkpoint.shards.items():
             where = checkpoint.root / shard
-            notes |= json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+            layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
+            notes |= {module: (where, note) for module, note in layers.items()}
         for tensor in checkpoint.tensors.values():
             if tensor.name.endswith(".comfy_quant"):
                 where = tensor.path
-                notes[tensor.module] = json.loads(read_small(tensor))
-        for module, note in notes.items():
+                notes[tensor.module] = where, json.loads(read_small(tensor))
+        for module, (where, note) in notes.items():
             codes[module] = COMFY_FORMATS.get(str(note["format"]))
             if codes[module] is None or note.get("convrot"):
-                raise CheckpointError(f"{checkpoint.root}: {module} is in ComfyUI's format "
+                raise CheckpointError(f"{where}: {module} is in ComfyUI's format "
                                       f"{note['format']}; only {' and '.join(COMFY_FORMATS)} can "
                                       "be undone with a scale")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -594,7 +623,7 @@ def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints,
         names = [match[1] + ending for ending in endings] if match else []
         found = [tensors[name] for name in names if name in tensors]
         if len(found) > 1:
-            read = tuple(SCALE_OF_METHOD[m] for m in hints.methods if m in SCALE_OF_METHOD)
+            read = tuple(end for method, end in SCALE_OF_METHOD.items() if method in hints.methods)
             meant = [scale for scale in found if scale.name.endswith(read)]
             if len(meant) != 1:
                 raise CheckpointError(f"{weight.path}: {weight.name} has two scales, "
@@ -659,7 +688,7 @@ def quantize(weight: Tensor, scale: Tensor | None, second: Tensor | None,
     return Quantization(codes, shape, scale, grids[0], second)
 
 
-def is_side_tensor(tensor: Tensor, modules: set[str]) -> bool:
+def is_side_tensor(tensor: Tensor, modules: dict[str, Quantization]) -> bool:
     """Return whether a tensor only serves quantization in a module whose weight becomes BF16."""
     match = matches(SIDE_TENSOR, tensor.leaf) if tensor.module in modules else None
     if match and match["zero_point"] and any(read_small(tensor)):
@@ -668,7 +697,8 @@ def is_side_tensor(tensor: Tensor, modules: set[str]) -> bool:
     if match and match["order"]:
         kind = {"I32": "i", "I64": "q"}.get(tensor.dtype)
         groups = [*memoryview(read_small(tensor)).cast(kind)] if kind else [1, 0]
-        if groups != sorted(groups):
+        in_order = [col // modules[tensor.module].grid.block_cols for col in range(len(groups))]
+        if groups not in (in_order, [-1] * len(groups)):
             raise CheckpointError(f"{tensor.path}: {tensor.name} reorders the groups of columns; "
                                   "that is not supported")
     return bool(match or matches(CACHE_SCALE, tensor.leaf))
@@ -693,6 +723,10 @@ def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
         header[tensor_name] = {"dtype": dtype, "shape": shape, "data_offsets": span}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    longest = max((size for output in outputs for size in output[2]), default=0)
+    if len(text) > HEADER_LIMIT or longest >= 1 << 63:
+        raise CheckpointError(f"{tensors[0].path}: its header or a tensor would be longer in BF16 "
+                              "than safetensors allows")
     text = len(text).to_bytes(8, "little") + text
     steps = [Step(output[1], len(text) + start, len(text) + stop, *output[4:])
              for output, (start, stop) in zip(outputs, pairwise(offsets), strict=True)]
@@ -882,7 +916,7 @@ def run_workers(job: Job, doing: str, pool: list[Worker], tasks: Iterator[tuple]
                 break
             size = work(worker, *task)
             with lock:
-                bar.set_description(f"{doing} {task[0].name}", refresh=False)
+                bar.set_description(printable(f"{doing} {task[0].name}"), refresh=False)
                 count(size, time.monotonic())
 
     threads, executor = torch.get_num_threads(), ThreadPoolExecutor(len(pool))
@@ -923,6 +957,14 @@ def render(shard: Shard, start: int, stop: int, worker: Worker) -> torch.Tensor:
 def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
     """Fill `out`, uint8, with the elements [start, stop) of a weight as BF16."""
     quantization = step.quantization
+    grid = quantization.grid
+    row, row_end, col, col_end = grid.scale_region(start, stop)
+    if (row_end - row) * (col_end - col) > SCALES:  # of long rows, or tiny blocks
+        rows = start // grid.cols, (stop - 1) // grid.cols
+        middle = (start + stop) // 4 * 2 if rows[0] == rows[1] else sum(rows, 1) // 2 * grid.cols
+        render_weight(step, start, middle, out[: 2 * (middle - start)], worker)
+        render_weight(step, middle, stop, out[2 * (middle - start) :], worker)
+        return
     per_byte = kernel.FORMATS[quantization.codes].codes_per_byte
     first_byte, last_byte = start // per_byte, -(-stop // per_byte)
     codes = worker.codes[: last_byte - first_byte]
@@ -933,7 +975,7 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
         with worker.timed("decoding"):
             codes = codes.to(worker.device, non_blocking=True)
             values = out if worker.stream is None else torch.empty_like(out, device=worker.device)
-            codec = quantization.codes, quantization.grid, start
+            codec = quantization.codes, grid, start
             counts = kernel.dequantize(codes, scales, values, *codec)
             if values is not out:
                 out.copy_(values, non_blocking=True)
@@ -963,11 +1005,12 @@ def read_scales(quantization: Quantization, start: int, stop: int, worker: Worke
     scales = scales.view(row_end - row, col_end - col)
     if second is None:
         return scales
-    factors = widened(second, 0, math.prod(second.shape))
-    if len(factors) > 1:
-        rows = torch.arange(row, row_end, device=worker.device)
-        factors = factors[rows // grid.scale_rows_per_part]
-    factors = factors.view(-1, 1)
+    part, per_part = 0, grid.scale_rows_per_part
+    parts = torch.zeros(row_end - row, dtype=torch.int64, device=worker.device)
+    if math.prod(second.shape) > 1:
+        part = row // per_part
+        parts = torch.arange(row, row_end, device=worker.device) // per_part - part
+    factors = widened(second, part, parts[-1].item() + 1)[parts].view(-1, 1)
     return scales / factors if is_divisor(second) else scales * factors
 
 
@@ -1000,7 +1043,10 @@ def direct_flag(root: Path, rank: int) -> int:
 
 def temporary(path: Path) -> Path:
     """Return the name under which a file is written until it is whole."""
-    return path.with_name(path.name + TEMPORARY_SUFFIX)
+    name = path.name
+    if len(os.fsencode(name)) > NAME_LIMIT - len(TEMPORARY_SUFFIX):
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(name + TEMPORARY_SUFFIX)
 
 
 def open_output(path: Path, flags: int = 0):
@@ -1230,24 +1276,21 @@ def bf16_texts(plan: Plan) -> dict[str, str]:
     if params is not None:
         unwanted = ["quantization", *QUANTIZATION_KEYS]
         values[PARAMS_NAME] = {key: v for key, v in params.items() if key not in unwanted}
-    try:
-        if config is not None:
-            values[CONFIG_NAME] = bf16_config(config)
-            if not any(config.get(key) for key in DTYPE_KEYS):
-                values[CONFIG_NAME]["torch_dtype"] = "bfloat16"
-        if index is not None:
-            steps = [(step, shard.name) for shard in plan.shards for step in shard.steps]
-            metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
-            size = sum(step.stop - step.start for step, _ in steps)
-            weight_map = {step.name: name for step, name in steps}
-            values[INDEX_NAME] = {
-                **index,
-                "metadata": {**metadata, "total_size": size},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-        return {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
-    except RecursionError as error:
-        raise CheckpointError(f"{plan.checkpoint.root}: a JSON file there is too deep") from error
+    if config is not None:
+        values[CONFIG_NAME] = bf16_config(config)
+        if not any(config.get(key) for key in DTYPE_KEYS):
+            values[CONFIG_NAME]["torch_dtype"] = "bfloat16"
+    if index is not None:
+        steps = [(step, shard.name) for shard in plan.shards for step in shard.steps]
+        metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
+        size = sum(step.stop - step.start for step, _ in steps)
+        weight_map = {step.name: name for step, name in steps}
+        values[INDEX_NAME] = {
+            **index,
+            "metadata": {**metadata, "total_size": size},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+    return {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -1266,15 +1309,19 @@ def find_extras(plan: Plan) -> Extras:
     """
     copied, left_out, root = [], [], plan.checkpoint.root
     for folder, folders, names in os.walk(root, onerror=raise_error):
-        linked = [name for name in folders if os.path.islink(os.path.join(folder, name))]
         folders[:] = sorted(name for name in folders if name not in TOOL_FOLDERS)
-        for name in sorted(names + linked):
+        for name in sorted(names + folders):
             path = Path(folder, name)
             relative = path.relative_to(root).as_posix()
-            if relative in EDITED_FILES + QUANTIZATION_FILES or relative in plan.checkpoint.shards:
-                continue
             unwanted = any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES)
-            if unwanted or not is_plain(path, root):
+            taken = relative in EDITED_FILES + QUANTIZATION_FILES
+            if name in folders:
+                if unwanted or taken or path.is_symlink():
+                    folders.remove(name)
+                    left_out.append(relative)
+            elif taken or relative in plan.checkpoint.shards:
+                continue
+            elif unwanted or not is_plain(path, root):
                 left_out.append(relative)
             elif not os.access(path, os.R_OK):
                 raise CheckpointError(f"{path}: may not be read; it would be missing in the output")
@@ -1297,6 +1344,9 @@ def find_stale(plan: Plan, out: Path, done: set[str], extras: Extras) -> list[Pa
     paths = [out / name for name in names]
     paths += [temporary(out / name) for name in [*EDITED_FILES, *shards, *extras.copied]]
     paths += sorted(out.glob(f"{PROBE}*{TEMPORARY_SUFFIX}"))
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            raise CheckpointError(f"{path}: is a folder; remove it or give another output")
     return [path for path in paths if os.path.lexists(path)]
 
 
@@ -1466,10 +1516,12 @@ def reference_scales(quantization: Quantization, row: int, col: int, M: int, N: 
     height, taken = rows[-1].item() + 1 - first_row, cols[-1].item() + 1 - first_col
     scales = read(scale, first_row * width + first_col, height * taken).view(height, taken)
     if second is not None:
-        factors = read(second, 0, math.prod(second.shape))
-        if len(factors) > 1:
-            factors = factors[torch.arange(first_row, first_row + height) // per_part]
-        factors = factors.view(-1, 1)
+        parts = torch.zeros(height, dtype=torch.int64)
+        if math.prod(second.shape) > 1:
+            parts = torch.arange(first_row, first_row + height) // per_part
+        first_part = parts[0].item()
+        factors = read(second, first_part, parts[-1].item() + 1 - first_part)
+        factors = factors[parts - first_part].view(-1, 1)
         scales = scales / factors if second.name.endswith("global_scale") else scales * factors
     wide = scales if width == 1 else scales.index_select(1, cols - first_col)
     return wide.index_select(0, rows - first_row)
@@ -1629,13 +1681,6 @@ FORMATS_HELP = """
 
 class UsageError(ValueError):
     """The arguments cannot be meant as they are given."""
-
-
-def printable(text: str) -> str:
-    """Return text that a terminal can show and that does not steer it, whatever a tensor's name."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(text: str) -> None:
@@ -1929,6 +1974,8 @@ def cli(arguments: list[str] | None = None) -> int:
         text = str(error) if isinstance(error, CheckpointError) else str(error).partition("\n")[0]
         if isinstance(error, OSError) and error.filename:
             text = f"{error.filename}: {error.strerror}"
+        if isinstance(error, RecursionError):
+            text = f"{options.fp8_path}: is nested too deep"
         if len(text) > MESSAGE_LIMIT:  # of a name that is as long as a book
             text = f"{text[: MESSAGE_LIMIT // 2]} ... {text[-MESSAGE_LIMIT // 2 :]}"
         print(f"error: {printable(text)}", file=sys.stderr)

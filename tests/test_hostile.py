@@ -398,3 +398,97 @@ def test_notes_and_zero_points_are_not_read_beyond_a_limit(folder, capsys):
         file.write(shard_of(text))
         file.truncate(8 + len(text) + size)
     assert outcome(folder, capsys) == 1
+
+
+def test_links_are_followed_into_the_blobs_of_a_hub_cache_only(folder, secret, capsys):
+    (folder / "blobs").mkdir()
+    secret.rename(folder / "blobs/secret")
+    source = write_checkpoint(folder / "snapshots/1/in", {SHARD: TENSORS})
+    (source / ".git").mkdir()
+    (source / ".git/config").write_text("token abc")
+    (source / "notes.txt").symlink_to(folder / "blobs/secret")
+    (source / "README.md").symlink_to(".git/config")
+    options = ["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(folder / "out")]
+    assert cli(options) == 0
+    assert {*contents(folder / "out")} == {SHARD, INDEX}
+    assert "README.md, notes.txt" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json.tmp", "hf_quant_config.json", f"{SHARD}.tmp", "x.safetensors", INDEX]
+)
+def test_folders_with_names_that_mean_something_are_left_out(folder, capsys, name):
+    write_checkpoint(folder / "in", {SHARD: TENSORS}, CONFIG, index=False)
+    (folder / "in/sub" / name).mkdir(parents=True)
+    if name not in (INDEX, "x.safetensors"):
+        (folder / "in" / name).mkdir()
+        (folder / "in" / name / "x").write_text("x")
+    options = ["--input-fp8-hf-path", str(folder / "in"), "--output-bf16-hf-path"]
+    for _ in range(2):
+        assert cli([*options, str(folder / "out")]) == 0
+        assert {*contents(folder / "out")} == {SHARD, "config.json"}
+
+
+def test_names_as_long_as_the_file_system_allows_are_kept(folder, capsys):
+    shard = "s" * 243 + ".safetensors"
+    write_checkpoint(folder / "in", {shard: TENSORS}, CONFIG)
+    (folder / "in" / ("b" * 255)).write_text("b")
+    assert outcome(folder, capsys) == 0
+    assert {*contents(folder / "out")} == {shard, "b" * 255, "config.json", INDEX}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ["F8_E4M3", [2, 2], [0, 4]],
+        {"dtype": {"F8_E4M3": None}, "shape": [4], "data_offsets": [0, 4]},
+    ],
+)
+def test_descriptions_that_only_the_other_parser_knows_are_refused(folder, capsys, entry):
+    (folder / "in" / SHARD).write_bytes(shard_of(quoted({"w": entry}), 4))
+    assert outcome(folder, capsys) == 1
+
+
+def test_a_newline_in_a_name_hides_nothing_and_long_names_cost_no_time(folder, capsys):
+    for name in ("a.weight\n", "_svdquant_lora_" * 60_000 + "\n"):
+        header = {name: {"dtype": "F8_E4M3FNUZ", "shape": [4], "data_offsets": [0, 4]}}
+        (folder / "in" / SHARD).write_bytes(shard_of(quoted(header), 4))
+        assert outcome(folder, capsys) == 1
+
+
+def test_outputs_that_no_header_can_describe_are_refused(folder, capsys):
+    header = {
+        "a.weight_packed": {"dtype": "U8", "shape": [0, 2**62], "data_offsets": [0, 0]},
+        "a.weight_scale": {"dtype": "F8_E8M0", "shape": [0, 2**58], "data_offsets": [0, 0]},
+    }
+    (folder / "in" / SHARD).write_bytes(shard_of(quoted(header)))
+    assert outcome(folder, capsys) == 1
+
+
+def test_a_thousand_block_sizes_are_refused(folder, capsys):
+    groups = {str(size): {"group_size": size} for size in range(1, 1000)}
+    write_checkpoint(folder / "in", {SHARD: TENSORS}, {"quantization_config": groups})
+    assert outcome(folder, capsys) == 1
+
+
+@pytest.mark.parametrize("shape", [[2, 1 << 26], [1 << 26, 1]])
+def test_as_many_scales_as_elements_take_bounded_memory(folder, shape):
+    count = shape[0] * shape[1]
+    header = {
+        "w": {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [0, count]},
+        "w_scale": {"dtype": "F32", "shape": shape, "data_offsets": [count, 5 * count]},
+    }
+    text = quoted(header)
+    with open(folder / "in" / SHARD, "wb") as file:
+        file.write(shard_of(text))
+        file.truncate(8 + len(text) + 5 * count)
+    code = (
+        "import resource, sys, fp8_cast_bf16; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; before = peak(); "
+        "assert fp8_cast_bf16.cli(sys.argv[1:]) == 0; print(peak() - before)"
+    )
+    options = ["--input-fp8-hf-path", folder / "in", "--output-bf16-hf-path", folder / "out"]
+    command = [sys.executable, "-c", code, *options, "--device", "cpu", "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 200_000  # kilobytes
