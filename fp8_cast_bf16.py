@@ -747,9 +747,34 @@ class Job:
         self.lock, self.counts, self.store = threading.Lock(), Counter(), None
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_torchelastic_launched():
-            self.store, self.rank, self.size = next(iter(distributed.rendezvous("env://")))
+            store, self.rank, self.size = next(iter(distributed.rendezvous("env://")))
             self.local_rank = int(os.environ["LOCAL_RANK"])
             self.local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+            self.store = distributed.PrefixStore(self.meet(store), store)
+
+    def meet(self, store) -> str:
+        """Return a new name that all ranks agree upon.
+
+        After a restart the launcher's store may still hold what earlier ranks have left there: old
+        counts would make a shard look whole. So each rank says a word of its own, and goes by the
+        name that rank 0 has answered to that word.
+        """
+        word = os.urandom(8).hex()
+        if self.rank > 0:
+            store.set(f"word/{self.rank}", word)
+            while not store.check([f"answer/{word}"]):
+                time.sleep(POLL / 10)
+            name = store.get(f"answer/{word}").decode()
+            store.set(f"heard/{name}/{self.rank}", "")
+            return name
+        others = set(range(1, self.size))
+        while others:
+            for rank in [rank for rank in others if store.check([f"word/{rank}"])]:
+                store.set(f"answer/{store.get(f'word/{rank}').decode()}", word)
+                if store.check([f"heard/{word}/{rank}"]):
+                    others.discard(rank)
+            time.sleep(POLL / 10)
+        return word
 
     def add(self, key: str, count: int) -> int:
         """Add to what all ranks have counted under a key, and return the sum."""
@@ -799,10 +824,12 @@ class Job:
                                               step.quantization and step.quantization[3])
                                              for step in shard.steps]) for shard in plan.shards]
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        if digest != (first := self.share("plan", digest)):
-            raise CheckpointError(f"{plan.checkpoint.root}: rank {self.rank} finds a checkpoint "
-                                  f"there with the plan {digest}, rank 0 one with {first}; give "
-                                  "all the same input")
+        first, *others = self.share("plans", self.gather("plan", digest))
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise CheckpointError(f"{plan.checkpoint.root}: rank {rank} finds a checkpoint "
+                                      f"there with the plan {other}, rank 0 one with {first}; give "
+                                      "all the same input")
 
 
 # --- render: the bytes [start, stop) of one planned shard ---
@@ -899,10 +926,10 @@ def run_workers(job: Job, doing: str, pool: list[Worker], tasks: Iterator[tuple]
     done = pending = told = 0
     bar = tqdm(total=total, unit="B", unit_scale=True, disable=job.rank > 0 or None)
 
-    def count(size: int, now: float) -> None:
+    def count(size: int, at_once: bool) -> None:
         nonlocal done, pending, told
-        pending += size
-        if job.size == 1 or now - told > POLL:  # so the store hears from few ranks at a time
+        pending, now = pending + size, time.monotonic()
+        if at_once or now - told > POLL:  # or the store would hear of every window
             done, pending, told = job.add(doing, pending), 0, now
             bar.update(done - bar.n)
 
@@ -917,16 +944,16 @@ def run_workers(job: Job, doing: str, pool: list[Worker], tasks: Iterator[tuple]
             size = work(worker, *task)
             with lock:
                 bar.set_description(printable(f"{doing} {task[0].name}"), refresh=False)
-                count(size, time.monotonic())
+                count(size, job.size == 1)
 
     threads, executor = torch.get_num_threads(), ThreadPoolExecutor(len(pool))
     try:
         for future in as_completed([executor.submit(loop, worker) for worker in pool]):
             future.result()
-        count(0, math.inf)
+        count(0, True)
         while job.rank == 0 and done < total:
             time.sleep(POLL)
-            count(0, math.inf)
+            count(0, True)
     finally:
         stopped.set()
         executor.shutdown()

@@ -646,7 +646,9 @@ def test_nvfp4_without_its_second_scale_is_refused_by_every_name(tmp_path, scale
     assert_refused(tmp_path, tensors, scale, "0 second scales")
 
 
-@pytest.mark.parametrize("order, fine", [([0] * 4 + [1] * 4, True), ([1, 0] * 4, False)])
+@pytest.mark.parametrize(
+    "order, fine", [([0] * 4 + [1] * 4, True), ([1, 0] * 4, False), ([0] * 7 + [1], False)]
+)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_reordered_groups_are_refused(tmp_path, order, fine, dtype):
     codes, scale = finite_codes(5, 8), rand(5, 2)
