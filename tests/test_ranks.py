@@ -183,7 +183,7 @@ def agents(path: Path, hosts: list[tuple[list[str], str]]) -> list[subprocess.Po
     for prefix, address in hosts:
         command = [*prefix, *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend"]
         command += ["c10d", "--rdzv-endpoint", f"{hosts[0][1]}:{port}", "--rdzv-id", "job"]
-        command += ["--local-addr", address]
+        command += ["--local-addr", address, "--rdzv-conf", f"is_host={int(not processes)}"]
         command += [path, "--input-fp8-hf-path", folder / "in", "--output-bf16-hf-path"]
         command += [folder / "out", "--device", "cpu", "--workers", "2"]
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE))
