@@ -2,6 +2,7 @@
 
     python tests/benchmark.py [--size BYTES] [--shards N] [--runs N] [--folder FOLDER]
     python tests/benchmark.py --plan
+    python tests/benchmark.py --ranks
 
 Contenders, each a process of its own, take turns on one synthetic checkpoint:
 
@@ -16,11 +17,15 @@ Then, on the output of ours:
 
 Before each run the page cache is dropped where that is permitted. Prints medians with their spread
 and ends with one line of JSON. With --plan, it times --dry-run and a run that finds nothing to do
-on the real layout of DeepSeek-V3, in sparse files and with what they hold cached.
+on the real layout of DeepSeek-V3, in sparse files and with what they hold cached. With --ranks, it
+times one and two ranks of torchrun on one machine, and rehearses more: how evenly DeepSeek-V3's
+bytes fall on them if all are equally fast, and what their store has to bear and can.
 """
 
 import argparse
 import collections
+import functools
+import heapq
 import json
 import os
 import platform
@@ -29,7 +34,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +106,13 @@ def run_again(source: str, out: str) -> None:
     fp8_cast_bf16.main(source, out, device="cpu")
 
 
+def run_ranks(source: str, out: str, ranks: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    folders = ["--input-fp8-hf-path", source, "--output-bf16-hf-path", out]
+    command += [ROOT / "fp8_cast_bf16.py", *folders, "--device", "cpu"]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
 def run_layout(source: str, out: str) -> None:
     """Make DeepSeek-V3's shards and what they are converted to, both of zeros, in sparse files."""
     import fp8_cast_bf16
@@ -118,7 +132,11 @@ def run_layout(source: str, out: str) -> None:
 RUNS = {"ours": run_ours, "floor": run_floor, "ancestor": run_ancestor, "import": run_import}
 LATER_RUNS = {"verify": run_verify, "again": run_again}
 PLAN_RUNS = {"import": run_import, "dry": run_dry, "again": run_again}
-ALL_RUNS = {**RUNS, **LATER_RUNS, **PLAN_RUNS, "layout": run_layout}
+RANK_RUNS = {
+    "1 rank": functools.partial(run_ranks, ranks=1),
+    "2 ranks": functools.partial(run_ranks, ranks=2),
+}
+ALL_RUNS = {**RUNS, **LATER_RUNS, **PLAN_RUNS, **RANK_RUNS, "layout": run_layout}
 
 
 def drop_caches() -> bool:
@@ -183,6 +201,102 @@ def measure_plan(folder: Path, times: int) -> None:
     print(json.dumps({"beyond_import": beyond, **figures}))
 
 
+def imbalance(sizes: list[int], ranks: int) -> float:
+    """Return the longest rank's share over the mean, if each takes the next when it is free."""
+    loads = [0] * ranks
+    for size in sizes:
+        heapq.heappush(loads, heapq.heappop(loads) + size)
+    return max(loads) * ranks / sum(loads)
+
+
+def store_rate(clients: int = 64, each: int = 500) -> float:
+    """Return how many counts a second torch's store takes from clients in threads of a process."""
+    import torch.distributed as distributed
+
+    server = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [distributed.TCPStore("127.0.0.1", server.port) for _ in range(clients)]
+
+    def work(store):
+        for _ in range(each):
+            store.add("counter", 1)
+
+    threads = [threading.Thread(target=work, args=(store,)) for store in stores]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - began
+    assert server.add("counter", 0) == clients * each, "counts were lost"
+    return clients * each / seconds
+
+
+def rehearse_ranks(folder: Path) -> dict[str, float]:
+    """Plan DeepSeek-V3 as ranks of their own do, and share it out among 8, 64 and 256 of them."""
+    import fp8_cast_bf16
+    from make_checkpoint import deepseek_v3_tensors, make_layout
+
+    make_layout(folder, list(deepseek_v3_tensors()), 163)
+    code = (
+        "import sys, fp8_cast_bf16 as f; from pathlib import Path; job = f.Job(); job.size = 2; "
+        "job.gather = lambda key, value: [value, value]; "
+        "job.share = lambda key, value: (print(value[0]), value)[1]; "
+        "job.agree(f.make_plan(f.load_checkpoint(Path(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, folder]
+    plans = {
+        subprocess.check_output(command, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": str(seed)})
+        for seed in range(4)
+    }
+    assert len(plans) == 1, f"plans differ: {plans}"
+    plan = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(folder))
+    jobs = [fp8_cast_bf16.Job() for _ in range(64)]
+    for job in jobs:
+        job.counts, job.lock = jobs[0].counts, jobs[0].lock
+    span = fp8_cast_bf16.SPAN * fp8_cast_bf16.WINDOW
+    shards = sorted(plan.shards, key=lambda shard: -shard.size)
+    spans = [min(span, shard.size - start) for shard in shards
+             for start in range(0, shard.size, span)]
+    rows = [job.claimed("span", range(len(spans))) for job in jobs]
+    claims = collections.Counter(number for row in zip_longest(*rows) for number in row)
+    claims.pop(None, None)
+    assert claims == dict.fromkeys(range(len(spans)), 1), "a span was taken twice, or by nobody"
+    figures = {"spans": len(spans), "store_counts_per_second": store_rate()}
+    print(f"DeepSeek-V3: 4 processes plan the same; 64 ranks take {len(spans)} spans once each")
+    print("longest rank over mean, calculated for ranks of equal speed:")
+    for ranks in (8, 64, 256):
+        shared, whole = imbalance(spans, ranks), imbalance([s.size for s in shards], ranks)
+        print(f"{ranks:5} ranks: {shared:.3f} sharing spans, {whole:.3f} taking whole shards")
+        figures |= {f"imbalance_{ranks}": shared, f"imbalance_{ranks}_whole": whole}
+    traffic = 256 * (2 * 1e9 / span + 1 / fp8_cast_bf16.POLL)
+    print(f"256 ranks at 1 GB/s each count {traffic:.0f} times a second (calculated); ", end="")
+    print(f"the store took {figures['store_counts_per_second']:.0f} from 64 threads (measured)")
+    return figures
+
+
+def measure_ranks(folder: Path, options: argparse.Namespace) -> None:
+    """Time one and two ranks in turn on one machine, then rehearse many."""
+    source, out = folder / "fp8", folder / "bf16"
+    make_source(source, options)
+    runs = {contender: [] for contender in RANK_RUNS}
+    for contender in [*RANK_RUNS] * options.runs:
+        shutil.rmtree(out, ignore_errors=True)
+        runs[contender].append(timed(contender, source, out))
+    figures = {contender: summarize(results) for contender, results in runs.items()}
+    print_table(figures, sum(path.stat().st_size for path in out.glob("*.safetensors")))
+    pairs = zip(*runs.values(), strict=True)
+    ratio = statistics.median(one["wall"] / two["wall"] for one, two in pairs)
+    print(f"two ranks are {ratio:.2f} x as fast as one (median of pairs, whole processes)")
+    shutil.rmtree(folder / "fp8")
+    print(json.dumps({"two_over_one": ratio, **figures, **rehearse_ranks(folder / "layout")}))
+
+
+def make_source(source: Path, options: argparse.Namespace) -> None:
+    maker = [sys.executable, ROOT / "tests/make_checkpoint.py", source]
+    arguments = ["--size", options.size, "--shards", str(options.shards)]
+    subprocess.run([*maker, *arguments], check=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the converter.")
     parser.add_argument("--size", default="2.8G", help="bytes of the checkpoint (default 2.8G)")
@@ -190,15 +304,17 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="of each contender (default 5)")
     parser.add_argument("--folder", type=Path, default=tempfile.gettempdir(), help="on which disk")
     parser.add_argument("--plan", action="store_true", help="time planning DeepSeek-V3 instead")
+    parser.add_argument("--ranks", action="store_true", help="time ranks of torchrun instead")
     options = parser.parse_args()
+    if options.ranks:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            return measure_ranks(Path(folder), options)
     if options.plan:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             return measure_plan(Path(folder), options.runs)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, out = Path(folder, "fp8"), Path(folder, "bf16")
-        maker = [sys.executable, ROOT / "tests/make_checkpoint.py", source]
-        arguments = ["--size", options.size, "--shards", str(options.shards)]
-        subprocess.run([*maker, *arguments], check=True)
+        make_source(source, options)
         runs = {contender: [] for contender in RUNS}
         for _ in range(options.runs):
             for contender, results in runs.items():
