@@ -820,9 +820,11 @@ class Job:
         """Raise CheckpointError unless all ranks have the same plan."""
         if self.size == 1:
             return
-        parts = [(shard.name, shard.header, [(*step[:3], step.source.path.name, step.source.start,
-                                              step.quantization and step.quantization[3])
-                                             for step in shard.steps]) for shard in plan.shards]
+        parts = [(shard.name, shard.header) for shard in plan.shards]
+        for step in (step for shard in plan.shards for step in shard.steps):
+            codes, _, scale, grid, _ = step.quantization or [None] * 5
+            source = step.source.path.name, step.source.start
+            parts.append((source, codes, scale and scale.start, grid))
         digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         first, *others = self.share("plans", self.gather("plan", digest))
         for rank, other in enumerate(others, 1):
