@@ -1913,8 +1913,8 @@ def kind_of(quantization: Quantization) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "safetensors", "tqdm", "triton"):
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("safetensors", "tqdm", "triton"):
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
