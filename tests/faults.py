@@ -147,7 +147,8 @@ def inject(folder: Path, workers: int, stale: Path | None) -> dict[str, int]:
             status = exit_status(run(source, out, log, Layer(kind, k, spoiled), workers))
             said, call = log.read_text(), spoiled.read_text()
             where += f" ({call})"
-            if kind in ("EIO", "ENOSPC") and (call != "mkdir" or status):  # it may exist already
+            # A folder that is to be made may exist, and with 3 workers a run may take fewer calls.
+            if kind in ("EIO", "ENOSPC") and (status or call not in ("mkdir", "")):
                 assert status == 1, f"{where}: exit {status}: {said}"
                 assert said.count("\nerror: ") == 1, f"{where}: {said}"
                 assert str(folder) in said.rpartition("error: ")[2], f"{where}: {said}"
