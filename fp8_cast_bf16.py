@@ -865,7 +865,7 @@ class Worker:
         self.stream = torch.cuda.Stream(device) if pinned else None
         self.codes = page_aligned(window // 2, pinned)
         self.out = page_aligned(window, pinned)
-        self.files = {}
+        self.files, self.memory = {}, {}
         self.specials = Counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -874,6 +874,13 @@ class Worker:
         began = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - began
+
+    def scratch(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return memory that is used again, for to get it anew costs more than to fill it."""
+        size = count * dtype.itemsize
+        if len(self.memory.get(name, ())) < size:
+            self.memory[name] = page_aligned(size, False)
+        return self.memory[name][:size].view(dtype)
 
     def open(self, path: Path):
         if path not in self.files:
@@ -1518,15 +1525,17 @@ def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) ->
     codes, _, scale, grid, _ = step.quantization
     start, per_byte = row * grid.cols + col, 2 if codes == "E2M1" else 1
     size = M * N // per_byte
-    raw = torch.empty(size + size % 2, dtype=torch.uint8)
+    raw = worker.scratch("raw", size + size % 2, torch.uint8)
     worker.read(step.source.path, step.source.start + start // per_byte, raw[:size])
     index = raw if codes == "E2M1" else raw.view(torch.int16)
-    index = index.to(torch.int32) + (0 if codes == "E2M1" else 0x8000)
-    pairs = reference_pairs(codes).index_select(0, index)
+    index = worker.scratch("index", len(index), torch.int32).copy_(index)
+    index += 0 if codes == "E2M1" else 0x8000
+    pairs = worker.scratch("pairs", len(index), torch.int64)
+    torch.index_select(reference_pairs(codes), 0, index, out=pairs)
     values = pairs.view(torch.float32)[: M * N].view(M, N)
     if scale is not None:
         values *= reference_scales(step.quantization, row, col, M, N, worker)
-    return values.bfloat16()
+    return worker.scratch("expected", M * N, torch.bfloat16).copy_(values.flatten()).view(M, N)
 
 
 def reference_scales(quantization: Quantization, row: int, col: int, M: int, N: int,
@@ -1553,7 +1562,8 @@ def reference_scales(quantization: Quantization, row: int, col: int, M: int, N: 
         factors = factors[parts - first_part].view(-1, 1)
         scales = scales / factors if second.name.endswith("global_scale") else scales * factors
     wide = scales if width == 1 else scales.index_select(1, cols - first_col)
-    return wide.index_select(0, rows - first_row)
+    out = worker.scratch("scales", M * wide.shape[1], torch.float32).view(M, -1)
+    return torch.index_select(wide, 0, rows - first_row, out=out)
 
 
 def find_differences(job: Job, plan: Plan, out: Path, texts: dict[str, str],
@@ -1623,7 +1633,7 @@ def compare_chunk(step: Step, tensor: Tensor, rectangle: tuple[int, ...],
     if step.quantization is None:
         size = step.stop - step.start
         element = size // max(1, math.prod(tensor.shape)) or 1
-        got, expected = (torch.empty(N, dtype=torch.uint8) for _ in range(2))
+        got, expected = (worker.scratch(name, N, torch.uint8) for name in ("got", "raw"))
         worker.read(tensor.path, tensor.start + col, got)
         worker.read(step.source.path, step.source.start + col, expected)
         if torch.equal(in_words(got), in_words(expected)):
@@ -1632,7 +1642,7 @@ def compare_chunk(step: Step, tensor: Tensor, rectangle: tuple[int, ...],
         values = (bytes(data[at : at + element].tolist()[::-1]).hex() for data in (got, expected))
         return (col + at) // element, *(f"0x{value}" for value in values)
     start = row * step.quantization.grid.cols + col
-    got = torch.empty(2 * M * N, dtype=torch.uint8)
+    got = worker.scratch("got", 2 * M * N, torch.uint8)
     worker.read(tensor.path, tensor.start + 2 * start, got)
     expected = reference(step, row, col, M, N, worker).flatten()
     if torch.equal(in_words(got), in_words(expected.view(torch.uint8))):
