@@ -427,8 +427,8 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     refuse(checkpoint)
     tensors, hints = checkpoint.tensors, read_hints(checkpoint)
     quantizations, consumed = pair(tensors, hints)
-    integers = [t for t in tensors.values() if t.dtype in INTEGERS and t.shape[1:]]
-    if hints.methods and integers and not quantizations:
+    unknown = tensors.values() if hints.methods and not quantizations else ()
+    if integers := [t for t in unknown if t.dtype in INTEGERS and t.shape[1:]]:
         raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: names the quant_method "
                               f"{', '.join(sorted(hints.methods))}, but no weight is in a format "
                               f"known here, as {integers[0].name} ({integers[0].dtype}); "
@@ -994,7 +994,7 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
     """Fill `out`, uint8, with the elements [start, stop) of a weight as BF16."""
     quantization = step.quantization
     grid = quantization.grid
-    row, row_end, col, col_end = grid.scale_region(start, stop)
+    row, row_end, col, col_end = region = grid.scale_region(start, stop)
     if (row_end - row) * (col_end - col) > SCALES:  # of long rows, or tiny blocks
         rows = start // grid.cols, (stop - 1) // grid.cols
         middle = (start + stop) // 4 * 2 if rows[0] == rows[1] else sum(rows, 1) // 2 * grid.cols
@@ -1007,7 +1007,7 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
     worker.read(step.source.path, step.source.start + first_byte, codes)
     out = out.view(torch.bfloat16)
     with torch.cuda.stream(worker.stream):
-        scales = read_scales(quantization, start, stop, worker)
+        scales = read_scales(quantization, region, worker)
         with worker.timed("decoding"):
             codes = codes.to(worker.device, non_blocking=True)
             values = out if worker.stream is None else torch.empty_like(out, device=worker.device)
@@ -1021,8 +1021,9 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
             worker.specials[step.name, kind] += count
 
 
-def read_scales(quantization: Quantization, start: int, stop: int, worker: Worker) -> torch.Tensor:
-    """Return the scales of the elements [start, stop) of a weight, a float32 matrix on the device.
+def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
+                worker: Worker) -> torch.Tensor:
+    """Return a region of a weight's scales (Grid.scale_region), a float32 matrix on the device.
 
     Scales of scales are applied here, in float32, before the codes meet either: the order in which
     ModelOpt and compressed-tensors dequantize.
@@ -1030,14 +1031,14 @@ def read_scales(quantization: Quantization, start: int, stop: int, worker: Worke
     if quantization.scale is None:
         return torch.ones(1, 1, device=worker.device)
     grid, second = quantization.grid, quantization.second
-    row, row_end, col, col_end = grid.scale_region(start, stop)
+    row, row_end, col, col_end = region
     count = (row_end - row) * (col_end - col)
 
-    def widened(scale: Tensor, first: int, count: int) -> torch.Tensor:
+    def load(scale: Tensor, first: int, count: int) -> torch.Tensor:
         raw = worker.read_scale(scale, first, count).to(worker.device)
         return kernel.widen_scales(raw, scale.dtype)
 
-    scales = widened(quantization.scale, row * grid.scale_shape[1] + col, count)
+    scales = load(quantization.scale, row * grid.scale_shape[1] + col, count)
     scales = scales.view(row_end - row, col_end - col)
     if second is None:
         return scales
@@ -1046,7 +1047,7 @@ def read_scales(quantization: Quantization, start: int, stop: int, worker: Worke
     if math.prod(second.shape) > 1:
         part = row // per_part
         parts = torch.arange(row, row_end, device=worker.device) // per_part - part
-    factors = widened(second, part, parts[-1].item() + 1)[parts].view(-1, 1)
+    factors = load(second, part, parts[-1].item() + 1)[parts].view(-1, 1)
     return scales / factors if is_divisor(second) else scales * factors
 
 
@@ -1386,19 +1387,20 @@ def find_stale(plan: Plan, out: Path, done: set[str], extras: Extras) -> list[Pa
     return [path for path in paths if os.path.lexists(path)]
 
 
-def is_complete(plan: Plan, out: Path, done: set[str], extras: Extras) -> bool:
+def is_complete(plan: Plan, out: Path, done: set[str], stale: list[Path], extras: Extras) -> bool:
     """Return whether an output has all that it should have, and nothing that must go."""
     root, texts = plan.checkpoint.root, extras.texts
     return (
         len(done) == len(plan.shards)
-        and {*find_stale(plan, out, done, extras)} == {out / name for name in texts}
+        and {*stale} == {out / name for name in texts}
         and all((out / name).read_bytes() == text.encode() for name, text in texts.items())
         and all((out / name).is_file() and filecmp.cmp(root / name, out / name, shallow=False)
                 for name in extras.copied)
     )
 
 
-def measure_space(plan: Plan, out: Path, done: set[str], extras: Extras) -> tuple[int, int]:
+def measure_space(plan: Plan, out: Path, done: set[str], stale: list[Path],
+                  extras: Extras) -> tuple[int, int]:
     """Return the bytes that are still to be written, and those free for them.
 
     Raises CheckpointError where the output cannot be made, whatever its size.
@@ -1415,8 +1417,7 @@ def measure_space(plan: Plan, out: Path, done: set[str], extras: Extras) -> tupl
     sizes = [shard.size for shard in plan.shards if shard.name not in done]
     sizes += [(plan.checkpoint.root / name).stat().st_size for name in extras.copied]
     sizes += [len(text.encode()) for text in extras.texts.values()]
-    stale = [path.lstat() for path in find_stale(plan, out, done, extras)]
-    freed = sum(getattr(status, "st_blocks", 0) * 512 for status in stale)
+    freed = sum(getattr(path.lstat(), "st_blocks", 0) * 512 for path in stale)
     needed = sum(-(-size // PAGE) * PAGE for size in sizes)
     return needed, shutil.disk_usage(folder).free + freed
 
@@ -1560,7 +1561,7 @@ def reference_scales(quantization: Quantization, row: int, col: int, M: int, N: 
         first_part = parts[0].item()
         factors = read(second, first_part, parts[-1].item() + 1 - first_part)
         factors = factors[parts - first_part].view(-1, 1)
-        scales = scales / factors if second.name.endswith("global_scale") else scales * factors
+        scales = scales / factors if is_divisor(second) else scales * factors
     wide = scales if width == 1 else scales.index_select(1, cols - first_col)
     out = worker.scratch("scales", M * wide.shape[1], torch.float32).view(M, -1)
     return torch.index_select(wide, 0, rows - first_row, out=out)
@@ -1575,22 +1576,7 @@ def find_differences(job: Job, plan: Plan, out: Path, texts: dict[str, str],
     payload of a NaN.
     """
     result = load_checkpoint(out)
-    planned = {step.name: step for shard in plan.shards for step in shard.steps}
-    found = [f"{name}: is missing" for name in planned if name not in result.tensors]
-    found += [f"{name}: is not expected, in {tensor.path.name}"
-              for name, tensor in result.tensors.items() if name not in planned]
-    comparable = {}
-    for name, tensor in result.tensors.items():
-        if name in planned:
-            step = planned[name]
-            expected = step.source.dtype, step.source.shape
-            if step.quantization:
-                expected = "BF16", step.quantization.shape
-            if expected == (tensor.dtype, tensor.shape):
-                comparable[name] = tensor
-            else:
-                found.append(f"{name}: is {tensor.dtype} {list(tensor.shape)}, expected "
-                             f"{expected[0]} {list(expected[1])}")
+    comparable, found = compare_headers(plan, result)
     found += differing_texts(result, texts)
     steps = [(shard, step) for shard in plan.shards for step in shard.steps
              if step.name in comparable]
@@ -1624,6 +1610,23 @@ def find_differences(job: Job, plan: Plan, out: Path, texts: dict[str, str],
             place.insert(0, at)
         found.append(f"{name}: element {place} is {got}, expected {expected}")
     return found
+
+
+def compare_headers(plan: Plan, result: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of an output that are of the planned dtype and shape, and what differs."""
+    planned = {step.name: step for shard in plan.shards for step in shard.steps}
+    found = [f"{name}: is missing" for name in planned if name not in result.tensors]
+    found += [f"{name}: is not expected, in {tensor.path.name}"
+              for name, tensor in result.tensors.items() if name not in planned]
+    comparable = {name: tensor for name, tensor in result.tensors.items() if name in planned}
+    for name, tensor in list(comparable.items()):
+        source, quantization = planned[name].source, planned[name].quantization
+        expected = ("BF16", quantization.shape) if quantization else (source.dtype, source.shape)
+        if (tensor.dtype, tensor.shape) != expected:
+            del comparable[name]
+            found.append(f"{name}: is {tensor.dtype} {list(tensor.shape)}, expected "
+                         f"{expected[0]} {list(expected[1])}")
+    return comparable, found
 
 
 def compare_chunk(step: Step, tensor: Tensor, rectangle: tuple[int, ...],
@@ -1875,8 +1878,9 @@ def preflight(job: Job, plan: Plan, out: Path, extras: Extras, workers: int) -> 
     Prints what is missing and what there is room for. Raises CheckpointError if it does not fit.
     """
     done = find_done(job, plan, out, workers)
-    needed, free = measure_space(plan, out, done, extras)
-    complete = is_complete(plan, out, done, extras)
+    stale = find_stale(plan, out, done, extras)
+    needed, free = measure_space(plan, out, done, stale, extras)
+    complete = is_complete(plan, out, done, stale, extras)
     if done:
         say(f"Already there: {len(done)} of {len(plan.shards)} shards")
     say(f"Space: {sized(0 if complete else needed)} to write, {sized(free)} free; memory: {workers}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import CONFIG, INDEX, contents, load_checkpoint, several_kinds, write_checkpoint
+from checkpoints import CONFIG, INDEX, contents, several_kinds, write_checkpoint
 from fp8_cast_bf16 import main
 from make_checkpoint import make_checkpoint
 
@@ -163,9 +163,6 @@ def test_dry_run_and_verify_run_with_ranks(folder):
     done = run(2, path, "--verify")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Verified ") == 1
-    for name in load_checkpoint(folder / "out"):
-        if name.endswith("gate.weight"):
-            break
     for shard in (folder / "out").glob("*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:-2] + b"ab")
     done = run(2, path, "--verify")
