@@ -1,10 +1,10 @@
 """Turn the codes of a quantized weight and its scales into BF16 values, on a GPU or on the CPU.
 
-Both paths take the codes as plain bytes and decode them with integer operations. A minifloat with
-at most 5 exponent and 10 mantissa bits, moved to float16's bit positions, is a float16 that is too
-small by a constant power of two; float16 widens to float32 exactly, its subnormals included. So no
-FP8 type reaches Triton, which refuses them on GPUs older than sm_89, nor torch's own float8 cast,
-which is several times slower than all of this together.
+Both paths take the codes as plain bytes and decode them with integer operations. The bits of a
+small float, moved to where a larger one has its own, are a number that is too small by a constant
+power of two, exactly, subnormals included. So no FP8 type reaches Triton, which refuses them on
+GPUs older than sm_89, nor torch's own float8 cast, which alone takes ten times as long as all that
+the CPU path does.
 
     out[i, j] = bfloat16(float32(decode(codes[i, j])) * float32(scale of the block of i, j))
 
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 
 BF16_INFINITY, BF16_NAN = 0x7F80, 0x7FC0
-# Elements of CPU scratch: 6 bytes each, small enough to stay in one core's second-level cache and
-# large enough that dispatching six torch operations costs little. Half and double are slower.
-BAND = 1 << 17
+# Elements of CPU scratch, 2 bytes each: large enough that dispatching ten torch operations costs
+# little, small enough for a core's caches. Half is slower, double is not faster.
+BAND = 1 << 20
 MAX_PARTS = 1024  # tensor-parallel ranks that a fused weight may have been made for
 BLOCK_SIZES = (16, 32, 64, 128, 256, 1)  # seen in formats, for one axis each
 LAUNCH = threading.Lock()  # so that of several threads one compiles the kernel and the rest find it
@@ -48,21 +48,37 @@ class NumberFormat:
         """1, or 2 with the first code in the low half."""
         return 8 // (1 + self.exponent_bits + self.mantissa_bits)
 
-    @property
-    def shift(self) -> int:
-        """Left shift that moves the mantissa to float16's (10 bits)."""
-        return 10 - self.mantissa_bits
+    def placement(self, exponent_bits: int, mantissa_bits: int) -> tuple[int, int, float]:
+        """Return what makes a code one of the 16-bit floats with these numbers of bits.
 
-    @property
-    def mask(self) -> int:
-        """The bits of a float16, as int16, that a sign-extended and shifted code may set."""
+        That is a left shift of the code, after its sign was extended; the bits, as int16, that it
+        may then set; and the power of two by which it is too small, the difference of the biases.
+        """
+        shift = mantissa_bits - self.mantissa_bits
         magnitude = (1 << self.exponent_bits + self.mantissa_bits) - 1
-        return (magnitude << self.shift) - 0x8000
+        rescale = 2.0 ** (2 ** (exponent_bits - 1) - 2 ** max(self.exponent_bits - 1, 0))
+        return shift, (magnitude << shift) - 0x8000, rescale
 
-    @property
-    def rescale(self) -> float:
-        """The power of two by which the float16 is too small: the exponent biases' difference."""
-        return 2.0 ** (16 - 2 ** (self.exponent_bits - 1)) if self.exponent_bits else 1.0
+    @functools.cached_property
+    def values(self) -> torch.Tensor:
+        """What each byte means: (256,) float32, or (256, 2) where it holds two codes."""
+        if self.codes_per_byte == 1:
+            return torch.tensor([self._value(code) for code in range(256)])
+        return torch.tensor([[self._value(b & 15), self._value(b >> 4)] for b in range(256)])
+
+    def _value(self, code: int) -> float:
+        bits = self.exponent_bits + self.mantissa_bits
+        sign, magnitude = code >> bits, code & (1 << bits) - 1
+        if not self.exponent_bits:
+            return float(magnitude - (sign << bits))
+        exponent, mantissa = magnitude >> self.mantissa_bits, magnitude % (1 << self.mantissa_bits)
+        if magnitude >= self.special:
+            value = math.nan if mantissa else math.inf
+        else:
+            hidden = (exponent > 0) << self.mantissa_bits
+            bias = 2 ** (self.exponent_bits - 1) - 1
+            value = math.ldexp(hidden + mantissa, max(exponent, 1) - bias - self.mantissa_bits)
+        return -value if sign else value
 
     @property
     def largest(self) -> float:
@@ -273,50 +289,59 @@ def _count_specials(out: torch.Tensor) -> torch.Tensor:
     return torch.stack([(magnitude > BF16_INFINITY).sum(), (magnitude == BF16_INFINITY).sum()])
 
 
-def _pieces(start: int, stop: int, cols: int, limit: int) -> Iterator[tuple[int, int, int, int]]:
+def _pieces(
+    start: int, stop: int, cols: int, limit: int, block: tuple[int, int] = (1, 1)
+) -> Iterator[tuple[int, int, int, int]]:
     """Cut a range of elements into (row, col, M, N) rectangles of at most `limit` elements.
 
-    A rectangle is the rest of a row, whole rows, or the start of a row, and so a run of elements.
+    A rectangle is whole rows, up to the edge of a block where one is near, or a part of one row: of
+    one block, or of whole ones.
     """
     while start < stop:
         row, col = divmod(start, cols)
-        if col or min(limit, stop - start) < cols:
-            M, N = 1, min(cols - col, stop - start, limit)
+        room, cut = min(limit, stop - start), col % block[1]
+        if col or room < cols:
+            M, N = 1, min(cols - col, room)
+            if cut:
+                N = min(N, block[1] - cut)
+            elif block[1] < N:
+                N -= N % block[1]
         else:
-            M, N = min(limit, stop - start) // cols, cols
+            M, N = room // cols, cols
+            over = (row + M) % block[0]
+            M -= over if over < M else 0
         yield row, col, M, N
         start += M * N
 
 
 def _dequantize_cpu(codes, scales, out, fmt, grid, start, stop) -> torch.Tensor:
-    first_row, _, first_col, _ = grid.scale_region(start, stop)
-    # The scale takes over float16's missing power of two, which is exact unless it overflows. Then,
-    # and where a NaN or an infinity can come up, the steps are taken one by one.
-    rescaled = scales * fmt.rescale
-    bound = scales.abs().max().item() * max(fmt.rescale, fmt.largest)
-    ordinary_scales = bound < torch.finfo(torch.bfloat16).max
-    size = min(BAND, stop - start)
-    bits = torch.empty(size, dtype=torch.int16)
-    values = torch.empty(size, dtype=torch.float32)
+    rescale = fmt.placement(8, 7)[2] if fmt.special != NONE else 1.0  # what _decode leaves to do
+    # As integers -0.0 is below and NaN above ordinary scales. Those take over the power of two that
+    # the decoded codes lack, which is exact unless it overflows.
+    low, high = scales.view(torch.int32).aminmax()
+    bound = high.view(torch.float32).item() * max(rescale, fmt.largest)
+    ordinary = low.item() >= 0 and bound < torch.finfo(torch.bfloat16).max
+    rescaled = scales * rescale
+    band = torch.empty(min(BAND, stop - start), dtype=torch.bfloat16)
     specials = torch.zeros(2, dtype=torch.int64)
-    at = 0
-    for row, col, M, N in _pieces(start, stop, grid.cols, BAND):
+    first_row, _, first_col, _ = grid.scale_region(start, stop)
+    at, block = 0, (grid.block_rows, grid.block_cols)
+    for row, col, M, N in _pieces(start, stop, grid.cols, BAND, block):
         n = M * N
-        band, band_out = values[:n], out[at : at + n]
-        band_codes = codes[at // fmt.codes_per_byte : (at + n) // fmt.codes_per_byte]
-        _decode(band_codes, bits[:n], band, fmt)
-        finite = fmt.special == NONE or _largest_magnitude(band_codes) < fmt.special
-        simple = ordinary_scales and finite
-        if not simple:
-            if not finite and fmt.exponent_bits < 5:  # E5M2's specials are float16's own
-                band[(band_codes & 0x7F) >= fmt.special] = torch.nan
-            band *= fmt.rescale
-        s = (rescaled if simple else scales)[:, col // grid.block_cols - first_col :]
-        _scale(band.view(M, N), _scales_of_rows(s, grid, row, M, first_row), col, grid.block_cols)
-        band_out.copy_(band)
-        if not simple:
-            band_out.view(torch.int16)[band.isnan()] = BF16_NAN
-            specials += _count_specials(band_out)
+        piece = codes[at // fmt.codes_per_byte : (at + n) // fmt.codes_per_byte]
+        piece_out = out[at : at + n]
+        simple = ordinary and (fmt.special == NONE or _largest_magnitude(piece) < fmt.special)
+        s = rescaled if simple else scales
+        s = s[grid.scale_row(row) - first_row :, col // grid.block_cols - first_col :]
+        s, width = _scales_of_piece(s, grid, row, col, M, N)
+        if simple:
+            _decode(piece, band[:n], fmt)
+            _scale(band[:n].view(-1, len(s), width), s, piece_out.view(-1, len(s), width))
+        else:  # where a NaN, an infinity or a sign of zero may come up, plainly
+            values = fmt.values.index_select(0, piece.int()).view(-1, len(s), width)
+            piece_out.copy_(values.mul_(s.view(-1, 1)).flatten())
+            piece_out.view(torch.int16)[piece_out.isnan()] = BF16_NAN
+            specials += _count_specials(piece_out)
         at += n
     return specials
 
@@ -326,22 +351,60 @@ def _largest_magnitude(codes: torch.Tensor) -> int:
     return max(codes.view(torch.int8).max().item(), codes.max().item() - 0x80)
 
 
-def _decode(codes, bits, values, fmt) -> None:
-    """Fill float32 `values` with the codes' values over fmt.rescale; int16 `bits` is scratch."""
-    if not fmt.exponent_bits:
-        values.copy_(codes.view(torch.int8))
-        return
-    # Multiplications are left shifts here, and faster than torch's.
-    if fmt.codes_per_byte == 1:
-        # int8 widens with its sign, which so arrives at the top
-        bits.copy_(codes.view(torch.int8)).mul_(1 << fmt.shift).bitwise_and_(fmt.mask)
+def _decode(codes, out, fmt) -> None:
+    """Fill BF16 `out` with the codes' values: of FP8, too small by the power of two of placement.
+
+    FP4 is looked up, for as many of its numbers would become subnormal, some CPUs would take long.
+    """
+    if fmt.codes_per_byte == 2:
+        pairs = fmt.values.bfloat16().view(torch.int32).flatten()
+        torch.index_select(pairs, 0, codes.int(), out=out.view(torch.int32))
+    elif not fmt.exponent_bits:
+        out.copy_(codes.view(torch.int8))
+    else:  # int8 widens with its sign, which so arrives at the top; * is faster than torch's <<
+        shift, mask, _ = fmt.placement(8, 7)
+        out.view(torch.int16).copy_(codes.view(torch.int8)).mul_(1 << shift).bitwise_and_(mask)
+
+
+def _scale(values: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """Fill `out` with values times scales: (P, C, width) BF16 by (C,) float32, not negative.
+
+    Batch normalization is the one operation of torch's that multiplies BF16 by float32 and rounds
+    to BF16 in one go. It calculates values * (scale / sqrt(1 + 0)) + (-0.0 - 0.0 * scale), which
+    adds -0.0, the number that changes none.
+    """
+    unused, constants = (torch.empty(0), torch.empty(0)), _constants(len(scales))
+    torch.native_batch_norm(values, scales, *constants, False, 0.0, 0.0, out=(out, *unused))
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(channels: int) -> torch.Tensor:
+    """Return the bias, mean and variance with which batch normalization only multiplies."""
+    return torch.tensor([[-0.0], [0.0], [1.0]]).expand(3, channels).contiguous()
+
+
+def _scales_of_piece(scales, grid, row, col, M, N) -> tuple[torch.Tensor, int]:
+    """Return (C,) scales of which each holds for as many elements in a row as the second result.
+
+    scales: the matrix from the piece's first scale on. Where all rows of a piece have the same, C
+    scales fill one row, else the piece.
+    """
+    height = grid.scale_row(row + M - 1) - grid.scale_row(row) + 1
+    if height in (1, M):
+        scales = scales[:height]
     else:
-        # The low and high half of a byte go to the low and high int16 of an int32, which are in
-        # order. There the magnitude moves by fmt.shift, and the sign by 3 more, to the top.
-        pairs = bits.view(torch.int32).copy_(codes).mul_(1 << 12 | 1).bitwise_and_(0x000F000F)
-        mask = (fmt.mask & 0xFFFF) * 0x10001 - (1 << 32)
-        pairs.bitwise_or_(pairs * 8).mul_(1 << fmt.shift).bitwise_and_(mask)
-    values.copy_(bits.view(torch.float16))
+        rows = torch.arange(row, row + M)
+        parts = rows.div(grid.part, rounding_mode="floor")
+        rows = rows.sub_(parts * grid.part).div_(grid.block_rows, rounding_mode="floor")
+        rows.add_(parts * grid.scale_rows_per_part)
+        scales = scales[rows.sub_(rows[0].item())]
+    blocks = (col + N - 1) // grid.block_cols - col // grid.block_cols + 1
+    if blocks == 1:
+        return scales[:, 0], N
+    width = math.gcd(N, grid.block_cols)  # less than a block only where the last one is cut off
+    if width < grid.block_cols:
+        return scales[:, torch.arange(0, N, width) // grid.block_cols].flatten(), width
+    return scales[:, :blocks].flatten(), width
 
 
 def widen_scales(raw: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -353,35 +416,7 @@ def widen_scales(raw: torch.Tensor, dtype: str) -> torch.Tensor:
         exponents = raw.int()  # the exponent field of a float32, but for both ends of its range
         bits = torch.where(exponents == 0, 1 << 22, exponents << 23)
         return torch.where(exponents == 0xFF, torch.nan, bits.view(torch.float32))
-    fmt, values = FORMATS[kind], torch.empty_like(raw, dtype=torch.float32)
-    _decode(raw, torch.empty_like(raw, dtype=torch.int16), values, fmt)
-    return torch.where((raw & 0x7F) >= fmt.special, torch.nan, values * fmt.rescale)
-
-
-def _scales_of_rows(scales, grid, row, M, first_row) -> torch.Tensor:
-    """Return (M, n) or (1, n) scales for the rows [row, row + M)."""
-    first, last = grid.scale_row(row) - first_row, grid.scale_row(row + M - 1) - first_row
-    if last - first in (0, M - 1):  # one row of scales for all, or for each its own
-        return scales[first : last + 1]
-    rows = torch.arange(row, row + M)
-    parts = rows.div(grid.part, rounding_mode="floor")
-    rows = rows.sub_(parts * grid.part).div_(grid.block_rows, rounding_mode="floor")
-    return scales[rows.add_(parts * grid.scale_rows_per_part).sub_(first_row)]
-
-
-def _scale(values: torch.Tensor, scales: torch.Tensor, col: int, block_cols: int) -> None:
-    """Multiply (M, N) values, whose first column is `col`, by (M or 1, blocks) scales in place."""
-    N = values.shape[1]
-    head = min(N, -col % block_cols)
-    blocks, tail = divmod(N - head, block_cols)
-    if head:
-        values[:, :head].mul_(scales[:, :1])
-        scales = scales[:, 1:]
-    if blocks:
-        whole = values[:, head : N - tail].unflatten(1, (blocks, block_cols))
-        whole.mul_(scales[:, :blocks, None])
-    if tail:
-        values[:, N - tail :].mul_(scales[:, blocks : blocks + 1])
+    return FORMATS[kind].values.to(raw.device)[raw.int()]
 
 
 @functools.cache
@@ -461,6 +496,7 @@ def weight_dequant_kernel():
 
 def _dequantize_triton(codes, scales, out, fmt, grid, start, stop) -> torch.Tensor:
     bits = out.view(torch.int16)
+    shift, mask, rescale = fmt.placement(5, 10)
     first_row, _, first_col, _ = grid.scale_region(start, stop)
     # A group of columns lies inside one block: the largest power of two that divides the block. One
     # block that spans all columns has no inner edge.
@@ -477,8 +513,7 @@ def _dequantize_triton(codes, scales, out, fmt, grid, start, stop) -> torch.Tens
                 codes[at // fmt.codes_per_byte :], s, bits[at:],
                 M, N, row % grid.part, col, N // fmt.codes_per_byte, col // fmt.codes_per_byte,
                 grid.part, grid.scale_rows_per_part, grid.block_rows, block_cols, scales.stride(0),
-                fmt.exponent_bits, fmt.codes_per_byte, fmt.shift,
-                fmt.mask, fmt.rescale, fmt.special,
+                fmt.exponent_bits, fmt.codes_per_byte, shift, mask, rescale, fmt.special,
                 block_size_m, block_size_g, block_size_k,
             )
         at += M * N

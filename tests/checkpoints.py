@@ -25,12 +25,15 @@ def every_code(rows: int, cols: int, dtype: torch.dtype = torch.float8_e4m3fn) -
     return (torch.arange(rows * cols) * 37 % 256).to(torch.uint8).view(dtype).view(rows, cols)
 
 
-def finite_codes(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Return random float8_e4m3fn codes without NaN."""
+def finite_codes(
+    *shape: int, dtype: torch.dtype = torch.float8_e4m3fn, seed: int = 0
+) -> torch.Tensor:
+    """Return random codes of an FP8 dtype without NaN and infinities."""
+    end = 0x7F if dtype == torch.float8_e4m3fn else 0x7C
     codes = torch.randint(
-        0, 127, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        0, end, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
-    return (codes + 128 * (codes % 3 == 0)).to(torch.uint8).view(torch.float8_e4m3fn)
+    return (codes + 128 * (codes % 3 == 0)).to(torch.uint8).view(dtype)
 
 
 def fp4_values(packed):

@@ -40,12 +40,13 @@ def compiled(backend: str, arch: int | str, number_format: str, block_size_k: in
 
     function = kernel.weight_dequant_kernel()
     fmt = kernel.FORMATS[number_format]
+    shift, mask, rescale = fmt.placement(5, 10)
     constants = {
         "EXPONENT_BITS": fmt.exponent_bits,
         "CODES_PER_BYTE": fmt.codes_per_byte,
-        "SHIFT": fmt.shift,
-        "MASK": fmt.mask,
-        "RESCALE": fmt.rescale,
+        "SHIFT": shift,
+        "MASK": mask,
+        "RESCALE": rescale,
         "SPECIAL": fmt.special,
         "BLOCK_SIZE_M": 4,
         "BLOCK_SIZE_G": 1024 // block_size_k,
