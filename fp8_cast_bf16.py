@@ -140,8 +140,12 @@ SPAN = 16  # windows that follow each other, of which a rank takes care
 SCALES = 1 << 20  # that a worker holds at most
 POLL = 0.5  # seconds between looks at what other ranks do
 PAGE = 4096  # the alignment that direct I/O asks of offsets, lengths and memory
+DIRECT = getattr(os, "O_DIRECT", 0)
+DIRECT_READ = 256 << 10  # bytes from which on a read may be direct: smaller ones take longer so
+LOOKS = 16  # at a file, to tell whether it is cached
 WINDOW = 16 << 20
-WORKER_MEMORY = 3 * WINDOW // 2 + (2 << 20)  # bytes: buffers, and what the CPU's decoding takes
+COPY = 4 << 20  # bytes that are copied at once
+WORKER_MEMORY = 3 * WINDOW // 2 + (4 << 20)  # bytes: buffers, and what the CPU's decoding takes
 TEMPORARY_SUFFIX = ".tmp"
 PROBE = "fp8_cast_bf16"  # a temporary file that finds out how to write
 MESSAGE_LIMIT = 2000  # characters
@@ -848,9 +852,32 @@ def page_aligned(size: int, pinned: bool) -> torch.Tensor:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor, which the caller keeps alive."""
+    """Return the memory of a contiguous CPU tensor."""
     size = tensor.numel() * tensor.element_size()
-    return memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+    memory = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
+    memory.owner = tensor  # lives as long as the view
+    return memoryview(memory).cast("B")
+
+
+def open_raw(path: Path, mode: str, flags: int = 0):
+    """Open a file without a buffer of Python's, with flags of the system."""
+    return open(path, mode, 0, opener=lambda name, own: os.open(name, own | flags, 0o666))
+
+
+def is_cached(file) -> bool:
+    """Return whether a file is in memory already, by LOOKS at it; yes where the system can't tell.
+
+    One decision for the whole file: to read its cached parts through the cache has the system read
+    on ahead, so that all would soon be found cached.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return True
+    size = os.fstat(file.fileno()).st_size
+    try:
+        return all(os.preadv(file.fileno(), [bytearray(1)], size * i // LOOKS, os.RWF_NOWAIT)
+                   for i in range(LOOKS - 1, 0, -1))
+    except OSError as error:
+        return error.errno != errno.EAGAIN
 
 
 class Worker:
@@ -863,9 +890,9 @@ class Worker:
         pinned = device.type == "cuda"
         self.device = device
         self.stream = torch.cuda.Stream(device) if pinned else None
-        self.codes = page_aligned(window // 2, pinned)
         self.out = page_aligned(window, pinned)
-        self.files, self.memory = {}, {}
+        self.memory = {"codes": page_aligned(window // 2 + 2 * PAGE, pinned)}
+        self.files = {}
         self.specials = Counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -882,24 +909,41 @@ class Worker:
             self.memory[name] = page_aligned(size, False)
         return self.memory[name][:size].view(dtype)
 
-    def open(self, path: Path):
-        if path not in self.files:
-            if len(self.files) == OPEN_FILES:
+    def open(self, path: Path, large: bool = False):
+        """Return a file that stays open; for large reads one past the page cache, if that pays."""
+        if (path, large) not in self.files:
+            if len(self.files) >= OPEN_FILES:
                 self.close()
-            self.files[path] = open(path, "rb", buffering=0)
-        return self.files[path]
+            file = open_raw(path, "rb")
+            if large and DIRECT and not is_cached(file):
+                try:
+                    direct = open_raw(path, "rb", DIRECT)
+                    direct.readinto(as_bytes(page_aligned(PAGE, False)))
+                    file = direct
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+            self.files[path, large] = file
+        return self.files[path, large]
 
-    def read(self, path: Path, start: int, into: torch.Tensor) -> None:
-        """Fill a CPU tensor with the bytes of a file from `start` on."""
-        view = as_bytes(into)
+    def read(self, path: Path, start: int, count: int, name: str = "codes") -> torch.Tensor:
+        """Return the bytes [start, start + count) of a file, uint8.
+
+        They stand in memory that the next read with this name uses again. Whole pages are read, as
+        direct reads require. Those take a fifth of the processor time that the page cache takes.
+        """
+        at = begin = start // PAGE * PAGE
+        stop = start + count
+        buffer = self.scratch(name, -(-stop // PAGE) * PAGE - begin, torch.uint8)
         with self.timed("reading"), naming(path):
-            file = self.open(path)
-            file.seek(start)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise CheckpointError(f"{path}: ends at byte {file.tell()}; it was cut")
-                view = view[count:]
+            file = self.open(path, large=count >= DIRECT_READ)
+            file.seek(begin)
+            while at < stop:
+                size = file.readinto(as_bytes(buffer[at - begin :]))
+                if not size:
+                    raise CheckpointError(f"{path}: ends at byte {at}; it was cut")
+                at += size
+        return buffer[start - begin : stop - begin]
 
     def read_bytes(self, path: Path, start: int, count: int) -> bytes:
         """Return a few bytes of a file."""
@@ -914,9 +958,7 @@ class Worker:
     def read_scale(self, scale: Tensor, first: int, count: int) -> torch.Tensor:
         """Return `count` scales from the one numbered `first` on, uint8, as they are stored."""
         size = (scale.stop - scale.start) // math.prod(scale.shape)
-        raw = torch.empty(count * size, dtype=torch.uint8)
-        self.read(scale.path, scale.start + first * size, raw)
-        return raw
+        return self.read(scale.path, scale.start + first * size, count * size, "scales").clone()
 
     def close(self) -> None:
         for file in self.files.values():
@@ -984,7 +1026,10 @@ def render(shard: Shard, start: int, stop: int, worker: Worker) -> torch.Tensor:
         begin, end = max(step.start, start), min(step.stop, stop)
         into = out[begin - start : end - start]
         if step.quantization is None:
-            worker.read(step.source.path, step.source.start + begin - step.start, into)
+            offset = step.source.start - step.start
+            for at in range(begin, end, COPY):
+                part = worker.read(step.source.path, offset + at, min(COPY, end - at))
+                into[at - begin :][: len(part)] = part
         elif begin < end:
             render_weight(step, (begin - step.start) // 2, (end - step.start) // 2, into, worker)
     return out
@@ -1003,8 +1048,8 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
         return
     per_byte = kernel.FORMATS[quantization.codes].codes_per_byte
     first_byte, last_byte = start // per_byte, -(-stop // per_byte)
-    codes = worker.codes[: last_byte - first_byte]
-    worker.read(step.source.path, step.source.start + first_byte, codes)
+    place = step.source.start + first_byte
+    codes = worker.read(step.source.path, place, last_byte - first_byte)
     out = out.view(torch.bfloat16)
     with torch.cuda.stream(worker.stream):
         scales = read_scales(quantization, region, worker)
@@ -1065,9 +1110,9 @@ def direct_flag(root: Path, rank: int) -> int:
     Direct writes skip the page cache, which a file larger than memory only slows down. Where they
     are refused (tmpfs, some network file systems, other than Linux), plain writes do the same.
     """
-    flag, probe = getattr(os, "O_DIRECT", 0), temporary(root / f"{PROBE}{rank}")
+    flag, probe = DIRECT, temporary(root / f"{PROBE}{rank}")
     try:
-        with naming(probe), open_output(probe, flag | os.O_CREAT) as file:
+        with naming(probe), open_raw(probe, "r+b", flag | os.O_CREAT) as file:
             file.write(as_bytes(page_aligned(PAGE, False)))
     except OSError as error:
         if error.errno != errno.EINVAL:
@@ -1084,10 +1129,6 @@ def temporary(path: Path) -> Path:
     if len(os.fsencode(name)) > NAME_LIMIT - len(TEMPORARY_SUFFIX):
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return path.with_name(name + TEMPORARY_SUFFIX)
-
-
-def open_output(path: Path, flags: int = 0):
-    return open(path, "r+b", 0, opener=lambda name, mode: os.open(name, mode | flags, 0o666))
 
 
 def sync_folder(folder: Path) -> None:
@@ -1125,7 +1166,7 @@ class Output:
             if shard.name not in self.begun:
                 self.begun.add(shard.name)
                 path = temporary(self.root / shard.name)
-                with naming(path), open_output(path, os.O_CREAT) as file:
+                with naming(path), open_raw(path, "r+b", os.O_CREAT) as file:
                     file.truncate(shard.size)
             for start in starts:
                 yield shard, span, start, min(start + window, shard.size)
@@ -1135,7 +1176,7 @@ class Output:
         render(shard, start, stop, worker)
         view = as_bytes(worker.out)[: -(-(stop - start) // PAGE) * PAGE]
         path = temporary(self.root / shard.name)
-        with worker.timed("writing"), naming(path), open_output(path, self.direct) as file:
+        with worker.timed("writing"), naming(path), open_raw(path, "r+b", self.direct) as file:
             file.seek(start)
             while view:
                 view = view[file.write(view) :]
@@ -1150,7 +1191,7 @@ class Output:
     def finish(self, worker: Worker, shard: Shard, size: int) -> None:
         """Make `size` more bytes of a shard durable, and give it its name if those are the last."""
         path = temporary(self.root / shard.name)
-        with worker.timed("syncing"), naming(path), open_output(path) as file:
+        with worker.timed("syncing"), naming(path), open_raw(path, "r+b") as file:
             os.fsync(file.fileno())
             if self.job.add(f"synced {shard.name}", size) < shard.size:
                 return
@@ -1478,7 +1519,7 @@ def publish(root: Path, out: Path, extras: Extras) -> None:
 
 # --- verify: an output against its input, by torch's own casts and nothing of the kernel ---
 
-REFERENCE_CHUNK = 1 << 19  # elements: all that a worker then has in hand stays in its cache
+REFERENCE_CHUNK = 1 << 21  # elements that a worker compares at once
 REFERENCE_DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8}
 REFERENCE_SCALES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
                     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
@@ -1525,29 +1566,32 @@ def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) ->
     """Return a rectangle of a dequantized weight, (M, N) bfloat16."""
     codes, _, scale, grid, _ = step.quantization
     start, per_byte = row * grid.cols + col, 2 if codes == "E2M1" else 1
-    size = M * N // per_byte
-    raw = worker.scratch("raw", size + size % 2, torch.uint8)
-    worker.read(step.source.path, step.source.start + start // per_byte, raw[:size])
-    index = raw if codes == "E2M1" else raw.view(torch.int16)
-    index = worker.scratch("index", len(index), torch.int32).copy_(index)
+    place = step.source.start + start // per_byte
+    raw = worker.read(step.source.path, place, M * N // per_byte)
+    if codes != "E2M1":  # by pairs, which stand at even places
+        uneven = place % 2 or len(raw) % 2
+        raw = (torch.cat([raw, raw[: len(raw) % 2]]) if uneven else raw).view(torch.int16)
+    index = worker.scratch("index", len(raw), torch.int32).copy_(raw)
     index += 0 if codes == "E2M1" else 0x8000
     pairs = worker.scratch("pairs", len(index), torch.int64)
     torch.index_select(reference_pairs(codes), 0, index, out=pairs)
-    values = pairs.view(torch.float32)[: M * N].view(M, N)
+    values = pairs.view(torch.float32)[: M * N]
     if scale is not None:
-        values *= reference_scales(step.quantization, row, col, M, N, worker)
-    return worker.scratch("expected", M * N, torch.bfloat16).copy_(values.flatten()).view(M, N)
+        scales = reference_scales(step.quantization, row, col, M, N, worker)
+        values.view(M, scales.shape[1], -1).mul_(scales[:, :, None])
+    return worker.scratch("expected", M * N, torch.bfloat16).copy_(values).view(M, N)
 
 
 def reference_scales(quantization: Quantization, row: int, col: int, M: int, N: int,
                      worker: Worker) -> torch.Tensor:
-    """Return the scale of each element of a rectangle, (M, N) or (M, 1) float32."""
+    """Return (M, k) float32, the scales of N / k elements each in the rows of a rectangle."""
     _, _, scale, grid, second = quantization
 
     def read(tensor: Tensor, first: int, count: int) -> torch.Tensor:
         return worker.read_scale(tensor, first, count).view(REFERENCE_SCALES[tensor.dtype]).float()
 
-    rows, cols = torch.arange(row, row + M), torch.arange(col, col + N) // grid.block_cols
+    together = math.gcd(N, col, grid.block_cols) if grid.block_cols < grid.cols else N
+    rows, cols = torch.arange(row, row + M), torch.arange(col, col + N, together) // grid.block_cols
     part, per_part = rows // grid.part, -(-grid.part // grid.block_rows)
     rows = part * per_part + rows % grid.part // grid.block_rows
     width = -(-grid.cols // grid.block_cols)
@@ -1562,9 +1606,7 @@ def reference_scales(quantization: Quantization, row: int, col: int, M: int, N: 
         factors = read(second, first_part, parts[-1].item() + 1 - first_part)
         factors = factors[parts - first_part].view(-1, 1)
         scales = scales / factors if is_divisor(second) else scales * factors
-    wide = scales if width == 1 else scales.index_select(1, cols - first_col)
-    out = worker.scratch("scales", M * wide.shape[1], torch.float32).view(M, -1)
-    return torch.index_select(wide, 0, rows - first_row, out=out)
+    return scales[rows - first_row][:, cols - first_col]
 
 
 def find_differences(job: Job, plan: Plan, out: Path, texts: dict[str, str],
@@ -1636,21 +1678,19 @@ def compare_chunk(step: Step, tensor: Tensor, rectangle: tuple[int, ...],
     if step.quantization is None:
         size = step.stop - step.start
         element = size // max(1, math.prod(tensor.shape)) or 1
-        got, expected = (worker.scratch(name, N, torch.uint8) for name in ("got", "raw"))
-        worker.read(tensor.path, tensor.start + col, got)
-        worker.read(step.source.path, step.source.start + col, expected)
-        if torch.equal(in_words(got), in_words(expected)):
+        got = worker.read(tensor.path, tensor.start + col, N, "got")
+        expected = worker.read(step.source.path, step.source.start + col, N)
+        if torch.equal(*in_words(got, expected)):
             return None
         at = (got != expected).nonzero()[0].item() // element * element
         values = (bytes(data[at : at + element].tolist()[::-1]).hex() for data in (got, expected))
         return (col + at) // element, *(f"0x{value}" for value in values)
     start = row * step.quantization.grid.cols + col
-    got = worker.scratch("got", 2 * M * N, torch.uint8)
-    worker.read(tensor.path, tensor.start + 2 * start, got)
+    got = worker.read(tensor.path, tensor.start + 2 * start, 2 * M * N, "got")
     expected = reference(step, row, col, M, N, worker).flatten()
-    if torch.equal(in_words(got), in_words(expected.view(torch.uint8))):
+    if torch.equal(*in_words(got, expected.view(torch.uint8))):
         return None
-    got = got.view(torch.bfloat16)
+    got = got.clone().view(torch.bfloat16)
     differs = got.view(torch.int16) != expected.view(torch.int16)
     places = (differs & ~(got.isnan() & expected.isnan())).nonzero()
     if not len(places):
@@ -1659,9 +1699,10 @@ def compare_chunk(step: Step, tensor: Tensor, rectangle: tuple[int, ...],
     return start + at, str(got[at].item()), str(expected[at].item())
 
 
-def in_words(data: torch.Tensor) -> torch.Tensor:
-    """Return bytes as int64, if they fill those, which compare faster."""
-    return data if len(data) % 8 else data.view(torch.int64)
+def in_words(*parts: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Return bytes as int64, if all fill those, which compare faster."""
+    uneven = any(len(part) % 8 or part.storage_offset() % 8 for part in parts)
+    return parts if uneven else (part.view(torch.int64) for part in parts)
 
 
 def differing_texts(result: Checkpoint, texts: dict[str, str]) -> Iterator[str]:

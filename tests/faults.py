@@ -64,7 +64,9 @@ class Layer:
 
             def readinto(self, data):
                 data = memoryview(data).cast("B")
-                half, read = data[: len(data) // 2 + 1], super().readinto
+                half, read = data[: len(data) // 8192 * 4096] or data, super().readinto
+                if fp8_cast_bf16.DIRECT_READ:
+                    half = data[: len(data) // 2 + 1]
                 return layer.call("read", read, data, short=lambda: read(half))
 
             def truncate(self, size=None):
@@ -95,6 +97,8 @@ def run(source: Path, out: Path, log: Path, layer: Layer | None = None, workers:
         os.dup2(stream, 1)
         os.dup2(stream, 2)
         fp8_cast_bf16.WINDOW = WINDOW
+        if workers > 1:  # then reads are direct
+            fp8_cast_bf16.DIRECT_READ, fp8_cast_bf16.is_cached = 0, lambda *operands: False
         if layer:
             layer.install()
         folders = ["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(out)]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +63,43 @@ def test_tensors_of_every_dtype_are_laid_out_as_the_reference_writer_does(tmp_pa
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
-def test_plain_writes_give_the_same_bytes_where_direct_ones_are_refused(tmp_path, monkeypatch):
+@pytest.fixture
+def uncached(monkeypatch):
+    """Every read of data is to be direct."""
+    monkeypatch.setattr("fp8_cast_bf16.DIRECT_READ", 1)
+    monkeypatch.setattr("fp8_cast_bf16.is_cached", lambda *operands: False)
+
+
+def test_direct_reads_give_the_same_bytes(tmp_path, uncached, monkeypatch):
+    shards, expected = several_kinds()
+    shards[ONE]["odd"] = torch.arange(5003, dtype=torch.uint8)  # moves what follows off its page
+    convert(tmp_path, shards)
+    real, opened = os.open, []
+    monkeypatch.setattr(os, "open", lambda *operands: opened.append(operands) or real(*operands))
+    main(tmp_path / "in", tmp_path / "out", verify=True)
+    assert any(flags & os.O_DIRECT for _, flags, *_ in opened)
+    got = load_checkpoint(tmp_path / "out")
+    for name, tensor in {**expected[ONE], **expected[TWO]}.items():
+        assert_same_bits(got[name], tensor)
+
+
+def test_a_file_that_is_cut_while_it_is_read_directly_is_an_error(tmp_path, uncached, monkeypatch):
+    write_checkpoint(tmp_path / "in", several_kinds()[0])
+    whole, path = fp8_cast_bf16.make_plan, tmp_path / "in" / ONE
+
+    def cut(*operands):
+        plan = whole(*operands)
+        os.truncate(path, path.stat().st_size - 5001)
+        return plan
+
+    monkeypatch.setattr("fp8_cast_bf16.make_plan", cut)
+    with pytest.raises(CheckpointError, match=f"{ONE}: ends at byte"):
+        main(tmp_path / "in", tmp_path / "out")
+
+
+def test_plain_reads_and_writes_give_the_same_bytes_where_direct_ones_are_refused(
+    tmp_path, uncached, monkeypatch
+):
     shards, _ = several_kinds()
     convert(tmp_path, shards)
     real, refused = os.open, []
@@ -75,7 +112,7 @@ def test_plain_writes_give_the_same_bytes_where_direct_ones_are_refused(tmp_path
 
     monkeypatch.setattr(os, "open", without_direct)
     main(tmp_path / "in", tmp_path / "plain")
-    assert refused
+    assert {Path(path).parent.name for path in refused} == {"in", "plain"}
     assert contents(tmp_path / "plain") == contents(tmp_path / "out")
 
 

@@ -200,14 +200,24 @@ def test_verifying_shares_no_decoding_with_converting(folders, capsys, monkeypat
     assert differences(folders, capsys) == []
 
 
-@pytest.mark.parametrize("broken", ["mask", "rescale", "shift"])
+@pytest.mark.parametrize("broken", ["shift", "mask", "rescale", "values"])
 def test_an_error_in_the_kernel_would_be_found(folders, capsys, monkeypatch, broken):
-    source, right = folders[0], getattr(kernel.FORMATS["E4M3"], broken)
-    wrong = {"mask": int(right) & ~0x80, "rescale": right * 2, "shift": right - 1}[broken]
+    source, codes = folders[0], kernel.FORMATS["E4M3"]
+    shift, mask, rescale = codes.placement(8, 7)
+    wrong = {
+        "shift": (shift - 1, mask, rescale),
+        "mask": (shift, mask & ~0x10, rescale),
+        "rescale": (shift, mask, rescale * 2),
+    }
     with monkeypatch.context() as patch:
-        patch.setattr(kernel.NumberFormat, broken, wrong)
+        if broken == "values":
+            patch.setitem(vars(codes), "values", codes.values * 2)
+        else:
+            patch.setattr(kernel.NumberFormat, "placement", lambda *bits: wrong[broken])
         main(source, source.parent / "wrong")
-    assert len(differences((source, source.parent / "wrong"), capsys)) == 4
+    found = differences((source, source.parent / "wrong"), capsys)
+    with_nan = [line for line in found if line.startswith("nan.weight: ")]
+    assert (len(found), len(with_nan)) == ((1, 1) if broken == "values" else (3, 0))
 
 
 def test_the_ancestors_output_differs_in_its_config_and_index_only(folders, capsys):
