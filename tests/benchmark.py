@@ -1,25 +1,34 @@
-"""Measure the converter against the disk and against the algorithm that it replaces.
+"""Measure the converter against the disk, the memory, and what else does its work.
 
-    python tests/benchmark.py [--size BYTES] [--shards N] [--runs N] [--folder FOLDER]
-    python tests/benchmark.py --plan
-    python tests/benchmark.py --ranks
+    python tests/benchmark.py [--size BYTES] [--shards N] [--runs N] [--folder FOLDER] [--plot FILE]
+    python tests/benchmark.py kernel | scaling | cached | plan | ranks
 
 Contenders, each a process of its own, take turns on one synthetic checkpoint:
 
 - ours: the converter as it is.
 - floor: the same reads and the same writes in the same windows by the same workers, no arithmetic.
+- compressed-tensors: its convert_checkpoint with FP8BlockDequantizer, on the CPU.
 - ancestor: load_file, torch's float8 cast, save_file, on the CPU, one shard at a time.
+- ours on GPU: where there is one.
 
 Then, on the output of ours:
 
 - verify: ours with --verify.
+- reading: what verify reads, without looking at it.
 - again: ours once more, which finds nothing to do.
 
-Before each run the page cache is dropped where that is permitted. Prints medians with their spread
-and ends with one line of JSON. With --plan, it times --dry-run and a run that finds nothing to do
-on the real layout of DeepSeek-V3, in sparse files and with what they hold cached. With --ranks, it
-times one and two ranks of torchrun on one machine, and rehearses more: how evenly DeepSeek-V3's
-bytes fall on them if all are equally fast, and what their store has to bear and can.
+Before each run the page cache is dropped where that is permitted. Then, as with "kernel" alone, the
+dequantization itself, on one core and on all, beside torch's float8 cast and beside a copy in
+memory of as many bytes; on a GPU, if there is one, beside a copy there. Prints medians with their
+spread and ends with one line of JSON; --plot draws the seconds of the contenders.
+
+- scaling: ours and floor for 1, 2, 4 and 8 GB of experts, for 8 GB in one tensor, and for 100,000
+  tensors of 4 KB.
+- cached: ours and floor with the input in the page cache.
+- plan: --dry-run and a run that finds nothing to do on the real layout of DeepSeek-V3, in sparse
+  files and with what they hold cached.
+- ranks: one and two ranks of torchrun on one machine, and a rehearsal of more: how evenly
+  DeepSeek-V3's bytes fall on them if all are equally fast, and what their store has to bear.
 """
 
 import argparse
@@ -36,6 +45,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 
@@ -44,10 +55,10 @@ sys.path.insert(0, str(ROOT))
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
-def run_ours(source: str, out: str) -> None:
+def run_ours(source: str, out: str, device: str = "cpu") -> None:
     import fp8_cast_bf16
 
-    fp8_cast_bf16.main(source, out, device="cpu")
+    fp8_cast_bf16.main(source, out, device=device)
 
 
 def run_floor(source: str, out: str) -> None:
@@ -57,6 +68,14 @@ def run_floor(source: str, out: str) -> None:
 
     fp8_cast_bf16.kernel.dequantize = lambda *operands: torch.zeros(2)
     fp8_cast_bf16.main(source, out, device="cpu")
+
+
+def run_compressed_tensors(source: str, out: str) -> None:
+    from compressed_tensors.entrypoints.convert import FP8BlockDequantizer, convert_checkpoint
+
+    targets = [r"re:.*_proj(_with_mqa)?$"]
+    convert_checkpoint(source, out, FP8BlockDequantizer(targets=targets), device="cpu")
+    os.sync()
 
 
 def run_ancestor(source: str, out: str) -> None:
@@ -87,6 +106,26 @@ def run_import(source: str, out: str) -> None:
 def run_verify(source: str, out: str) -> None:
     import fp8_cast_bf16
 
+    fp8_cast_bf16.main(source, out, verify=True)
+
+
+def run_reading(source: str, out: str) -> None:
+    import torch
+
+    import fp8_cast_bf16
+
+    def read(step, tensor, rectangle, worker):
+        row, col, M, N = rectangle
+        if step.quantization is None:
+            worker.read(step.source.path, step.source.start + col, N)
+            worker.read(tensor.path, tensor.start + col, N)
+        else:
+            start = row * step.quantization.grid.cols + col
+            worker.read(step.source.path, step.source.start + start, M * N)
+            worker.read(tensor.path, tensor.start + 2 * start, 2 * M * N)
+
+    torch.set_num_threads(1)
+    fp8_cast_bf16.compare_chunk = read
     fp8_cast_bf16.main(source, out, verify=True)
 
 
@@ -129,14 +168,18 @@ def run_layout(source: str, out: str) -> None:
         Path(out, name).write_text(text)
 
 
-RUNS = {"ours": run_ours, "floor": run_floor, "ancestor": run_ancestor, "import": run_import}
-LATER_RUNS = {"verify": run_verify, "again": run_again}
+OURS, FLOOR = {"ours": run_ours}, {"floor": run_floor}
+OTHERS = {"compressed-tensors": run_compressed_tensors, "ancestor": run_ancestor}
+GPU_RUNS = {"ours on GPU": functools.partial(run_ours, device="cuda")}
+LATER_RUNS = {"verify": run_verify, "reading": run_reading, "again": run_again}
+IMPORT = {"import": run_import}
 PLAN_RUNS = {"import": run_import, "dry": run_dry, "again": run_again}
 RANK_RUNS = {
     "1 rank": functools.partial(run_ranks, ranks=1),
     "2 ranks": functools.partial(run_ranks, ranks=2),
 }
-ALL_RUNS = {**RUNS, **LATER_RUNS, **PLAN_RUNS, **RANK_RUNS, "layout": run_layout}
+WRITING = {**OURS, **FLOOR, **OTHERS, **GPU_RUNS, **RANK_RUNS}
+ALL_RUNS = {**WRITING, **LATER_RUNS, **PLAN_RUNS, "layout": run_layout}
 
 
 def drop_caches() -> bool:
@@ -151,7 +194,7 @@ def drop_caches() -> bool:
 
 def timed(contender: str, source: Path, out: Path, cold: bool = True) -> dict[str, float]:
     """Run one contender in a process of its own: seconds of wall and processor, peak bytes."""
-    if contender in RUNS:
+    if contender in WRITING:
         shutil.rmtree(out, ignore_errors=True)
     if cold:
         drop_caches()
@@ -167,6 +210,16 @@ def timed(contender: str, source: Path, out: Path, cold: bool = True) -> dict[st
     return {"wall": wall, "user": usage.ru_utime, "system": usage.ru_stime, "peak": peak}
 
 
+def take_turns(
+    contenders: list[str], source: Path, out: Path, times: int, cold: bool = True
+) -> dict[str, list[dict[str, float]]]:
+    """Time contenders in turn: their runs by name."""
+    runs = {contender: [] for contender in contenders}
+    for contender in contenders * times:
+        runs[contender].append(timed(contender, source, out, cold))
+    return runs
+
+
 def summarize(runs: list[dict[str, float]]) -> dict[str, float]:
     """Return the medians of each figure and the least and most wall seconds."""
     walls = [run["wall"] for run in runs]
@@ -174,31 +227,269 @@ def summarize(runs: list[dict[str, float]]) -> dict[str, float]:
     return {**medians, "least": min(walls), "most": max(walls)}
 
 
+def ratio(runs: dict[str, list], one: str, other: str, startup: float = 0.0) -> float:
+    """Return the median over pairs of runs of one's seconds over the other's, less a startup."""
+    pairs = zip(runs[one], runs[other], strict=True)
+    return statistics.median((a["wall"] - startup) / (b["wall"] - startup) for a, b in pairs)
+
+
 def print_table(figures: dict[str, dict[str, float]], written: int) -> None:
-    heads = ["wall s", "least", "most", "user s", "sys s", "peak MB", "GB/s out"]
-    print(f"{'':12}" + "".join(f"{head:>9}" for head in heads))
+    heads = ["wall s", "least", "most", "user s", "sys s", "peak MB", "GB/s out", "cpu s/GB"]
+    print(f"{'':18}" + "".join(f"{head:>9}" for head in heads))
     for contender, row in figures.items():
         figure = [row[key] for key in ("wall", "least", "most", "user", "system")]
-        print(f"{contender:12}" + "".join(f"{seconds:9.2f}" for seconds in figure), end="")
-        rate = f"{written / row['wall'] / 1e9:9.2f}" if written and contender != "import" else ""
-        print(f"{row['peak'] / 1e6:9.0f}{rate}")
+        print(f"{contender:18}" + "".join(f"{seconds:9.2f}" for seconds in figure), end="")
+        print(f"{row['peak'] / 1e6:9.0f}", end="")
+        if contender in WRITING:
+            processor = row["user"] + row["system"]
+            print(f"{written / row['wall'] / 1e9:9.2f}{processor / written * 1e9:9.2f}", end="")
+        print()
 
 
-def measure_plan(folder: Path, times: int) -> None:
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def plot(figures: dict[str, dict[str, float]], title: str, path: Path) -> None:
+    """Draw the seconds of whole processes, a bar with the spread for each."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    from matplotlib import pyplot
+
+    names = [name for name in figures if name in WRITING]
+    walls = [figures[name]["wall"] for name in names]
+    spread = [[figures[name]["wall"] - figures[name]["least"] for name in names],
+              [figures[name]["most"] - figures[name]["wall"] for name in names]]
+    labels = {"floor": "the disk alone", "ours": "fp8_cast_bf16.py", "ancestor": "load, cast, save"}
+    figure, axes = pyplot.subplots(figsize=(7, 0.5 * len(names) + 1), layout="constrained")
+    bars = axes.barh([labels.get(name, name) for name in names], walls, xerr=spread,
+                     color=["#2a78b5" if name.startswith("ours") else "#b8b8b8" for name in names])
+    axes.bar_label(bars, fmt=" %.1f s", padding=4)
+    axes.invert_yaxis()
+    axes.set(title=title, xlabel="seconds, whole process", xlim=(0, max(walls) * 1.2))
+    figure.savefig(path, metadata={"Date": None})
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict:
+    """Time whole conversions, then the dequantization alone."""
+    import torch
+
+    source, out = folder / "fp8", folder / "bf16"
+    make_source(source, options)
+    gpu = GPU_RUNS if torch.cuda.is_available() else {}
+    runs = take_turns([*OURS, *FLOOR, *gpu, *OTHERS, *IMPORT], source, out, options.runs)
+    timed("ours", source, out)
+    runs |= take_turns([*LATER_RUNS], source, out, options.runs)
+    read, written = bytes_of(source), bytes_of(out)
+    figures = {contender: summarize(results) for contender, results in runs.items()}
+    startup = figures["import"]["wall"]
+    cold = "cold" if drop_caches() else "as it comes (dropping it is not permitted)"
+    title = f"{read / 1e9:.2f} GB in, {written / 1e9:.2f} GB out, {os.cpu_count()} cores"
+    print(f"{platform.machine()}, {title}, {options.shards} shards; ", end="")
+    print(f"{options.runs} runs, cache {cold}")
+    print_table(figures, written)
+    ratios = {f"{name}_over_floor": ratio(runs, name, "floor", startup) for name in ("ours", *gpu)}
+    ratios |= {f"{name}_over_ours": ratio(runs, name, "ours") for name in OTHERS}
+    ratios |= {f"{name}_over_ours_net": ratio(runs, name, "ours", startup) for name in OTHERS}
+    ratios["verify_over_reading"] = ratio(runs, "verify", "reading", startup)
+    for name, value in ratios.items():
+        net = "whole process" if name.endswith("_ours") else "net of import"
+        print(f"{name.replace('_', ' ')}: {value:.2f} x, {net} (median of pairs)")
+    if options.plot:
+        plot(figures, title, options.plot)
+    totals = {"bytes_in": read, "bytes_out": written}
+    return {**totals, **ratios, **figures, "kernel": measure_kernel(folder, options)}
+
+
+def median_seconds(actions: dict[str, Callable], times: int) -> dict[str, float]:
+    """Do some things in turn, after once without a look at the clock: their median seconds."""
+    seconds = {name: [] for name in actions}
+    for name, action in list(actions.items()) * (times + 1):
+        began = time.perf_counter()
+        action()
+        seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(all_of[1:]) for name, all_of in seconds.items()}
+
+
+def measure_kernel(folder: Path, options: argparse.Namespace) -> dict:
+    """Time the dequantization alone beside a memory copy and torch's float8 cast."""
+    import torch
+
+    import kernel
+
+    rows, cols, cores = 4096, 7168, len(os.sched_getaffinity(0))
+    rows -= rows % (cores * 128)
+    n = rows * cols
+    codes = torch.randn(n).clamp(-4, 4).mul_(100).to(torch.float8_e4m3fn).view(torch.uint8)
+    out = torch.empty(n, dtype=torch.bfloat16)
+    place, source = (torch.zeros(n * 3 // 2, dtype=torch.uint8) for _ in range(2))
+    grids = {"128x128": (128, 128), "per row": (1, cols), "per tensor": (rows, cols)}
+    grids |= {"1x32": (1, 32), "FP4 1x32": (1, 32)}
+    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=[1])
+
+    def dequantize(name, device="cpu"):
+        grid = kernel.Grid(rows, cols, *grids[name], rows)
+        number_format = "E2M1" if "FP4" in name else "E4M3"
+        scales = torch.rand(grid.scale_shape).add_(0.1).to(device)
+        data, values = codes.to(device), out.to(device)
+        per_byte = kernel.FORMATS[number_format].codes_per_byte
+
+        def part(start, stop):
+            row, row_end, _, _ = grid.scale_region(start, stop)
+            some, into = data[start // per_byte : stop // per_byte], values[start:stop]
+            kernel.dequantize(some, scales[row:row_end], into, number_format, grid, start)
+
+        return part
+
+    def on_all(action):
+        edges = [n // cores * i for i in range(cores + 1)]
+        return lambda: [*pool.map(action, edges[:-1], edges[1:])]
+
+    parts = {name: dequantize(name) for name in grids}
+
+    def cast(start, stop):
+        out[start:stop].copy_(codes[start:stop].view(torch.float8_e4m3fn))
+
+    def copy(start, stop):
+        start, stop = start * 3 // 2, stop * 3 // 2
+        place[start:stop].copy_(source[start:stop])
+
+    parts |= {"torch's cast": cast, "memory copy": copy}
+    torch.set_num_threads(1)
+    alone = {name: functools.partial(part, 0, n) for name, part in parts.items()}
+    one = median_seconds(alone, options.runs)
+    all_cores = median_seconds({name: on_all(part) for name, part in parts.items()}, options.runs)
+    print(f"G elements/s, medians of {options.runs}; the copy moves as many bytes as E4M3 to BF16")
+    print(f"{'':18}{'1 core':>9}{f'{cores} cores':>9}")
+    rates = {name: [n / one[name] / 1e9, n / all_cores[name] / 1e9] for name in one}
+    for name, (single, many) in rates.items():
+        print(f"{name:18}{single:9.2f}{many:9.2f}")
+    if torch.cuda.is_available():
+        rates["GPU"] = measure_gpu({name: dequantize(name, "cuda") for name in grids}, n, options)
+    return rates
+
+
+def measure_gpu(parts: dict[str, Callable], n: int, options: argparse.Namespace) -> dict:
+    """Time the Triton kernel beside a copy on the GPU of as many bytes: shares of its rate."""
+    import torch
+
+    def repeated(action):
+        def run():
+            for _ in range(20):
+                action()
+            torch.cuda.synchronize()
+
+        return run
+
+    copies = {}
+    for size in {3 * n, 5 * n // 2}:  # read and written for FP8 and for FP4
+        source = torch.zeros(size // 2, dtype=torch.uint8, device="cuda")
+        copies[size] = functools.partial(torch.empty_like(source).copy_, source)
+    actions = {name: repeated(functools.partial(part, 0, n)) for name, part in parts.items()}
+    actions |= {size: repeated(copy) for size, copy in copies.items()}
+    seconds = median_seconds(actions, options.runs)
+    shares = {}
+    for name in parts:
+        size = 5 * n // 2 if "FP4" in name else 3 * n
+        shares[name] = seconds[size] / seconds[name]
+        rate = 20 * size / seconds[name] / 1e12
+        print(f"GPU, {name}: {rate:.2f} TB/s, {shares[name]:.0%} of a copy's rate")
+    return shares
+
+
+def make_layout_with_data(folder: Path, tensors: list, shards: int) -> None:
+    """Write a layout with random codes, the same 64 MB again and again, and scales of 0.01."""
+    import torch
+
+    from make_checkpoint import make_layout
+
+    make_layout(folder, sorted(tensors, key=lambda tensor: tensor[1]), shards)
+    codes = torch.randn(1 << 26).clamp(-4, 4).mul_(100).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = bytes(codes.untyped_storage())
+    for path in folder.glob("*.safetensors"):
+        with open(path, "r+b") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            begin = file.tell()
+            for tensor in header.values():
+                start, stop = (begin + offset for offset in tensor["data_offsets"])
+                file.seek(start)
+                if tensor["dtype"] == "F32":
+                    scales = torch.full(((stop - start) // 4,), 0.01)
+                    file.write(bytes(scales.untyped_storage()))
+                for at in range(start, stop if tensor["dtype"] != "F32" else start, len(codes)):
+                    file.write(codes[: stop - at])
+    os.sync()
+
+
+def measure_scaling(folder: Path, options: argparse.Namespace) -> dict:
+    """Time ours and the floor on growing checkpoints, one huge tensor, and very many tiny ones."""
+
+    def weight(name, rows, cols):
+        scales = [-(-rows // 128), -(-cols // 128)]
+        return [(name, "F8_E4M3", [rows, cols]), (name + "_scale_inv", "F32", scales)]
+
+    each, cols = 2048 * 7168, 7168
+    cases = {
+        f"{size} GB of experts": [
+            tensor
+            for i in range(round(size * 1e9 / each))
+            for tensor in weight(f"model.layers.0.mlp.experts.{i}.up_proj.weight", 2048, cols)
+        ]
+        for size in (1, 2, 4, 8)
+    }
+    cases["one tensor of 8 GB"] = weight("model.embed.weight", round(8e9 / cols), cols)
+    cases["100,000 of 4 KB"] = [
+        tensor for i in range(50_000) for tensor in weight(f"m.{i}.weight", 32, 128)
+    ]
+    record = {}
+    for case, tensors in cases.items():
+        source, out = folder / "fp8", folder / "bf16"
+        make_layout_with_data(source, tensors, 1 if "one" in case else 4)
+        runs = take_turns([*OURS, *FLOOR, *IMPORT], source, out, options.runs)
+        figures = {contender: summarize(results) for contender, results in runs.items()}
+        startup, written = figures["import"]["wall"], bytes_of(out)
+        print(f"{case}: {bytes_of(source) / 1e9:.2f} GB in, {written / 1e9:.2f} GB out")
+        print_table(figures, written)
+        each_gb = (figures["ours"]["wall"] - startup) / written * 1e9
+        figures["over_floor"] = ratio(runs, "ours", "floor", startup)
+        print(f"net of import: {each_gb:.2f} s/GB out, {figures['over_floor']:.2f} x floor")
+        record[case] = figures
+        shutil.rmtree(source)
+        shutil.rmtree(out)
+    return record
+
+
+def measure_cached(folder: Path, options: argparse.Namespace) -> dict:
+    """Time ours and the floor with the input in the page cache."""
+    source, out = folder / "fp8", folder / "bf16"
+    make_source(source, options)
+    for path in source.glob("*.safetensors"):
+        path.read_bytes()
+    runs = take_turns([*OURS, *FLOOR, *IMPORT], source, out, options.runs, cold=False)
+    figures = {contender: summarize(results) for contender, results in runs.items()}
+    print_table(figures, bytes_of(out))
+    figures["over_floor"] = ratio(runs, "ours", "floor", figures["import"]["wall"])
+    print(f"net of import, cached: {figures['over_floor']:.2f} x floor")
+    return figures
+
+
+def measure_plan(folder: Path, options: argparse.Namespace) -> dict:
     """Time what needs no data on DeepSeek-V3's 163 shards, of zeros, and their whole output."""
     source, out = folder / "fp8", folder / "bf16"
     timed("layout", source, out)
     runs = {contender: [] for contender in PLAN_RUNS}
-    for contender in [*PLAN_RUNS] * (times + 1):  # the first time is for the cache
+    for contender in [*PLAN_RUNS] * (options.runs + 1):  # the first time is for the cache
         target = out if contender == "again" else folder / "none"
         runs[contender].append(timed(contender, source, target, cold=False))
     figures = {contender: summarize(results[1:]) for contender, results in runs.items()}
-    print(f"DeepSeek-V3, 91,991 tensors, {times} runs, cached")
+    print(f"DeepSeek-V3, 91,991 tensors, {options.runs} runs, cached")
     print_table(figures, 0)
     beyond = {name: figures[name]["wall"] - figures["import"]["wall"] for name in ("dry", "again")}
     print(", ".join(f"{name}: {seconds:.2f} s" for name, seconds in beyond.items()), end="")
     print(" beyond import")
-    print(json.dumps({"beyond_import": beyond, **figures}))
+    return {"beyond_import": beyond, **figures}
 
 
 def imbalance(sizes: list[int], ranks: int) -> float:
@@ -274,21 +565,17 @@ def rehearse_ranks(folder: Path) -> dict[str, float]:
     return figures
 
 
-def measure_ranks(folder: Path, options: argparse.Namespace) -> None:
+def measure_ranks(folder: Path, options: argparse.Namespace) -> dict:
     """Time one and two ranks in turn on one machine, then rehearse many."""
     source, out = folder / "fp8", folder / "bf16"
     make_source(source, options)
-    runs = {contender: [] for contender in RANK_RUNS}
-    for contender in [*RANK_RUNS] * options.runs:
-        shutil.rmtree(out, ignore_errors=True)
-        runs[contender].append(timed(contender, source, out))
+    runs = take_turns([*RANK_RUNS], source, out, options.runs)
     figures = {contender: summarize(results) for contender, results in runs.items()}
-    print_table(figures, sum(path.stat().st_size for path in out.glob("*.safetensors")))
-    pairs = zip(*runs.values(), strict=True)
-    ratio = statistics.median(one["wall"] / two["wall"] for one, two in pairs)
-    print(f"two ranks are {ratio:.2f} x as fast as one (median of pairs, whole processes)")
-    shutil.rmtree(folder / "fp8")
-    print(json.dumps({"two_over_one": ratio, **figures, **rehearse_ranks(folder / "layout")}))
+    print_table(figures, bytes_of(out))
+    two_over_one = ratio(runs, *RANK_RUNS)
+    print(f"two ranks are {two_over_one:.2f} x as fast as one (median of pairs, whole processes)")
+    shutil.rmtree(source)
+    return {"two_over_one": two_over_one, **figures, **rehearse_ranks(folder / "layout")}
 
 
 def make_source(source: Path, options: argparse.Namespace) -> None:
@@ -297,52 +584,27 @@ def make_source(source: Path, options: argparse.Namespace) -> None:
     subprocess.run([*maker, *arguments], check=True)
 
 
+MODES = {
+    "conversion": measure,
+    "kernel": measure_kernel,
+    "scaling": measure_scaling,
+    "cached": measure_cached,
+    "plan": measure_plan,
+    "ranks": measure_ranks,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the converter.")
+    parser.add_argument("mode", nargs="?", choices=MODES, default="conversion")
     parser.add_argument("--size", default="2.8G", help="bytes of the checkpoint (default 2.8G)")
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--runs", type=int, default=5, help="of each contender (default 5)")
     parser.add_argument("--folder", type=Path, default=tempfile.gettempdir(), help="on which disk")
-    parser.add_argument("--plan", action="store_true", help="time planning DeepSeek-V3 instead")
-    parser.add_argument("--ranks", action="store_true", help="time ranks of torchrun instead")
+    parser.add_argument("--plot", type=Path, help="draw the conversions' seconds, as SVG")
     options = parser.parse_args()
-    if options.ranks:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            return measure_ranks(Path(folder), options)
-    if options.plan:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            return measure_plan(Path(folder), options.runs)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        source, out = Path(folder, "fp8"), Path(folder, "bf16")
-        make_source(source, options)
-        runs = {contender: [] for contender in RUNS}
-        for _ in range(options.runs):
-            for contender, results in runs.items():
-                results.append(timed(contender, source, out))
-        timed("ours", source, out)
-        for contender in [*LATER_RUNS] * options.runs:
-            runs.setdefault(contender, []).append(timed(contender, source, out))
-        read = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-        written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    figures = {contender: summarize(results) for contender, results in runs.items()}
-    startup = figures["import"]["wall"]
-    pairs = zip(runs["ours"], runs["floor"], strict=True)
-    against_floor = statistics.median(
-        (ours["wall"] - startup) / (floor["wall"] - startup) for ours, floor in pairs
-    )
-    pairs = zip(runs["ancestor"], runs["ours"], strict=True)
-    against_ancestor = statistics.median(a["wall"] / ours["wall"] for a, ours in pairs)
-
-    cold = "cold" if drop_caches() else "as it comes (dropping it is not permitted)"
-    print(f"{platform.machine()}, {os.cpu_count()} cores; {read / 1e9:.2f} GB in, ", end="")
-    print(f"{written / 1e9:.2f} GB out, {options.shards} shards; {options.runs} runs, cache {cold}")
-    print_table(figures, written)
-    print(f"net of import, ours takes {against_floor:.2f} x the floor's time (median of pairs)")
-    print(f"whole process, the ancestor takes {against_ancestor:.1f} x ours (median of pairs)")
-    seconds = figures["verify"]["wall"] - startup
-    print(f"net of import, verify reads {(read + written) / seconds / 1e9:.2f} GB/s")
-    totals = {"bytes_in": read, "bytes_out": written, "ours_over_floor": against_floor}
-    print(json.dumps({**totals, "ancestor_over_ours": against_ancestor, **figures}))
+        print(json.dumps(MODES[options.mode](Path(folder), options)))
 
 
 if __name__ == "__main__":
