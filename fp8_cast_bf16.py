@@ -237,8 +237,13 @@ def parse_json(path: Path, text: bytes) -> dict:
             raise ValueError(f"{twice} stands there twice")
         return value
 
+    def finite(text):
+        if math.isinf(value := float(text)):
+            raise ValueError(f"{text} is too large a number")
+        return value
+
     try:
-        value = json.loads(text.decode(), object_pairs_hook=unique)
+        value = json.loads(text.decode(), object_pairs_hook=unique, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):

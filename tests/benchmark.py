@@ -1,7 +1,7 @@
 """Measure the converter against the disk, the memory, and what else does its work.
 
     python tests/benchmark.py [--size BYTES] [--shards N] [--runs N] [--folder FOLDER] [--plot FILE]
-    python tests/benchmark.py kernel | scaling | cached | plan | ranks
+    python tests/benchmark.py kernel | tuning | scaling | plan | ranks
 
 Contenders, each a process of its own, take turns on one synthetic checkpoint:
 
@@ -22,9 +22,10 @@ dequantization itself, on one core and on all, beside torch's float8 cast and be
 memory of as many bytes; on a GPU, if there is one, beside a copy there. Prints medians with their
 spread and ends with one line of JSON; --plot draws the seconds of the contenders.
 
-- scaling: ours and floor for 1, 2, 4 and 8 GB of experts, for 8 GB in one tensor, and for 100,000
-  tensors of 4 KB.
-- cached: ours and floor with the input in the page cache.
+- tuning: ours with other windows, other numbers of workers, and always or never past the page
+  cache, cold and with the input cached.
+- scaling: ours and floor for 1, 2, 4 and 8 GB of experts, for 8 GB in one tensor, and for 50,000
+  weights of 4 KB.
 - plan: --dry-run and a run that finds nothing to do on the real layout of DeepSeek-V3, in sparse
   files and with what they hold cached.
 - ranks: one and two ranks of torchrun on one machine, and a rehearsal of more: how evenly
@@ -55,10 +56,14 @@ sys.path.insert(0, str(ROOT))
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
-def run_ours(source: str, out: str, device: str = "cpu") -> None:
+def run_ours(source: str, out: str, device: str = "cpu", workers: int | None = None,
+             window: int = 16 << 20, cached: bool | None = None) -> None:
     import fp8_cast_bf16
 
-    fp8_cast_bf16.main(source, out, device=device)
+    fp8_cast_bf16.WINDOW = window
+    if cached is not None:
+        fp8_cast_bf16.is_cached = lambda file: cached
+    fp8_cast_bf16.main(source, out, device=device, workers=workers)
 
 
 def run_floor(source: str, out: str) -> None:
@@ -173,12 +178,20 @@ OTHERS = {"compressed-tensors": run_compressed_tensors, "ancestor": run_ancestor
 GPU_RUNS = {"ours on GPU": functools.partial(run_ours, device="cuda")}
 LATER_RUNS = {"verify": run_verify, "reading": run_reading, "again": run_again}
 IMPORT = {"import": run_import}
+READS = {
+    f"{name} reads": functools.partial(run_ours, cached=cached)
+    for name, cached in (("direct", False), ("buffered", True))
+}
+TUNING = {
+    f"windows {size} MiB": functools.partial(run_ours, window=size << 20) for size in (4, 8, 32, 64)
+}
+TUNING |= {f"{n} workers": functools.partial(run_ours, workers=n) for n in (1, 2, 3, 6, 8)}
 PLAN_RUNS = {"import": run_import, "dry": run_dry, "again": run_again}
 RANK_RUNS = {
     "1 rank": functools.partial(run_ranks, ranks=1),
     "2 ranks": functools.partial(run_ranks, ranks=2),
 }
-WRITING = {**OURS, **FLOOR, **OTHERS, **GPU_RUNS, **RANK_RUNS}
+WRITING = {**OURS, **FLOOR, **OTHERS, **GPU_RUNS, **RANK_RUNS, **READS, **TUNING}
 ALL_RUNS = {**WRITING, **LATER_RUNS, **PLAN_RUNS, "layout": run_layout}
 
 
@@ -440,7 +453,7 @@ def measure_scaling(folder: Path, options: argparse.Namespace) -> dict:
         for size in (1, 2, 4, 8)
     }
     cases["one tensor of 8 GB"] = weight("model.embed.weight", round(8e9 / cols), cols)
-    cases["100,000 of 4 KB"] = [
+    cases["50,000 of 4 KB"] = [
         tensor for i in range(50_000) for tensor in weight(f"m.{i}.weight", 32, 128)
     ]
     record = {}
@@ -461,18 +474,25 @@ def measure_scaling(folder: Path, options: argparse.Namespace) -> dict:
     return record
 
 
-def measure_cached(folder: Path, options: argparse.Namespace) -> dict:
-    """Time ours and the floor with the input in the page cache."""
+def measure_tuning(folder: Path, options: argparse.Namespace) -> dict:
+    """Time ours as it is beside ours with other constants."""
     source, out = folder / "fp8", folder / "bf16"
     make_source(source, options)
-    for path in source.glob("*.safetensors"):
-        path.read_bytes()
-    runs = take_turns([*OURS, *FLOOR, *IMPORT], source, out, options.runs, cold=False)
-    figures = {contender: summarize(results) for contender, results in runs.items()}
-    print_table(figures, bytes_of(out))
-    figures["over_floor"] = ratio(runs, "ours", "floor", figures["import"]["wall"])
-    print(f"net of import, cached: {figures['over_floor']:.2f} x floor")
-    return figures
+    record = {}
+    for cold, contenders in ((True, {**READS, **TUNING}), (False, READS)):
+        for path in source.glob("*.safetensors"):
+            path.read_bytes()
+        case = "cold" if cold else "cached"
+        runs = take_turns([*OURS, *FLOOR, *contenders, *IMPORT], source, out, options.runs, cold)
+        figures = {contender: summarize(results) for contender, results in runs.items()}
+        print(f"{case}, {options.runs} runs")
+        print_table(figures, bytes_of(out))
+        startup = figures["import"]["wall"]
+        ratios = {name: ratio(runs, name, "ours", startup) for name in (*FLOOR, *contenders)}
+        for name, value in ratios.items():
+            print(f"{name}: {value:.2f} x ours, net of import (median of pairs)")
+        record[case] = {**figures, "over_ours": ratios}
+    return record
 
 
 def measure_plan(folder: Path, options: argparse.Namespace) -> dict:
@@ -587,8 +607,8 @@ def make_source(source: Path, options: argparse.Namespace) -> None:
 MODES = {
     "conversion": measure,
     "kernel": measure_kernel,
+    "tuning": measure_tuning,
     "scaling": measure_scaling,
-    "cached": measure_cached,
     "plan": measure_plan,
     "ranks": measure_ranks,
 }

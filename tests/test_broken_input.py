@@ -165,3 +165,8 @@ def test_shard_larger_than_memory_is_read(tmp_path):
         file.truncate(8 + len(header) + size - 1)
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         load_checkpoint(tmp_path)
+
+
+def test_a_number_that_python_cannot_hold_is_refused(source):
+    (source / "config.json").write_text('{"rope": {"theta": 1e400}}')
+    assert_refused(source, "config.json", "1e400 is too large a number")
