@@ -40,7 +40,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import pairwise
@@ -145,6 +145,7 @@ DIRECT_READ = 256 << 10  # bytes from which on a read may be direct: smaller one
 LOOKS = 16  # at a file, to tell whether it is cached
 WINDOW = 16 << 20
 COPY = 4 << 20  # bytes that are copied at once
+SMALL = 1 << 20  # bytes of output; tensors smaller than that on average are taken together
 WORKER_MEMORY = 3 * WINDOW // 2 + (4 << 20)  # bytes: buffers, and what the CPU's decoding takes
 TEMPORARY_SUFFIX = ".tmp"
 PROBE = "fp8_cast_bf16"  # a temporary file that finds out how to write
@@ -897,6 +898,7 @@ class Worker:
         self.stream = torch.cuda.Stream(device) if pinned else None
         self.out = page_aligned(window, pinned)
         self.memory = {"codes": page_aligned(window // 2 + 2 * PAGE, pinned)}
+        self.ahead = None, 0, ()
         self.files = {}
         self.specials = Counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
@@ -937,6 +939,9 @@ class Worker:
         They stand in memory that the next read with this name uses again. Whole pages are read, as
         direct reads require. Those take a fifth of the processor time that the page cache takes.
         """
+        fetched, first, data = self.ahead
+        if path == fetched and first <= start and start + count <= first + len(data):
+            return data[start - first :][:count]
         at = begin = start // PAGE * PAGE
         stop = start + count
         buffer = self.scratch(name, -(-stop // PAGE) * PAGE - begin, torch.uint8)
@@ -949,6 +954,11 @@ class Worker:
                     raise CheckpointError(f"{path}: ends at byte {at}; it was cut")
                 at += size
         return buffer[start - begin : stop - begin]
+
+    def fetch(self, path: Path, start: int, stop: int) -> None:
+        """Read what the next reads of small parts take from memory."""
+        self.ahead = None, 0, ()
+        self.ahead = path, start, self.read(path, start, stop - start, "ahead")
 
     def read_bytes(self, path: Path, start: int, count: int) -> bytes:
         """Return a few bytes of a file."""
@@ -1019,25 +1029,41 @@ def run_workers(job: Job, doing: str, pool: list[Worker], tasks: Iterator[tuple]
             worker.close()
 
 
+# Short operations go twice as fast if threads do not take turns at Python's own lock with each.
+ALONE = threading.Lock()
+
+
 def render(shard: Shard, start: int, stop: int, worker: Worker) -> torch.Tensor:
     """Return the bytes [start, stop) of a shard, uint8, in the worker's buffer."""
     out = worker.out[: stop - start]
     head = shard.header[start:stop]
     as_bytes(out)[: len(head)] = head
     first = bisect_right(shard.steps, start, key=lambda step: step.stop)
-    for step in itertools.islice(shard.steps, first, None):
-        if step.start >= stop:
-            break
-        begin, end = max(step.start, start), min(step.stop, stop)
-        into = out[begin - start : end - start]
-        if step.quantization is None:
-            offset = step.source.start - step.start
-            for at in range(begin, end, COPY):
-                part = worker.read(step.source.path, offset + at, min(COPY, end - at))
-                into[at - begin :][: len(part)] = part
-        elif begin < end:
-            render_weight(step, (begin - step.start) // 2, (end - step.start) // 2, into, worker)
+    steps = shard.steps[first : bisect_left(shard.steps, stop, key=lambda step: step.start)]
+    small = len(steps) * SMALL > stop - start
+    if small:
+        fetch_ahead(steps, start, stop, worker)
+    with ALONE if small else nullcontext():
+        for step in steps:
+            begin, end = max(step.start, start), min(step.stop, stop)
+            into = out[begin - start : end - start]
+            if step.quantization is None:
+                for at in range(begin, end, COPY):
+                    place = step.source.start + at - step.start
+                    part = worker.read(step.source.path, place, min(COPY, end - at))
+                    into[at - begin :][: len(part)] = part
+            elif begin < end:
+                begin, end = (begin - step.start) // 2, (end - step.start) // 2
+                render_weight(step, begin, end, into, worker)
     return out
+
+
+def fetch_ahead(steps: list[Step], start: int, stop: int, worker: Worker) -> None:
+    """Read in one go what small tensors of a window are made of, if it stands close together."""
+    paths = {step.source.path for step in steps}
+    places = [step.source.start for step in steps] + [step.source.stop for step in steps]
+    if len(paths) == 1 and max(places) - min(places) <= stop - start:
+        worker.fetch(*paths, min(places), max(places))
 
 
 def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
