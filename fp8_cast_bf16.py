@@ -146,7 +146,8 @@ LOOKS = 16  # at a file, to tell whether it is cached
 WINDOW = 16 << 20
 COPY = 4 << 20  # bytes that are copied at once
 SMALL = 1 << 20  # bytes of output; tensors smaller than that on average are taken together
-WORKER_MEMORY = 3 * WINDOW // 2 + (4 << 20)  # bytes: buffers, and what the CPU's decoding takes
+# Bytes: the window, its codes, what was fetched ahead, and what the CPU's decoding takes.
+WORKER_MEMORY = 5 * WINDOW // 2 + 2 * COPY
 TEMPORARY_SUFFIX = ".tmp"
 PROBE = "fp8_cast_bf16"  # a temporary file that finds out how to write
 MESSAGE_LIMIT = 2000  # characters
@@ -1062,7 +1063,7 @@ def fetch_ahead(steps: list[Step], start: int, stop: int, worker: Worker) -> Non
     """Read in one go what small tensors of a window are made of, if it stands close together."""
     paths = {step.source.path for step in steps}
     places = [step.source.start for step in steps] + [step.source.stop for step in steps]
-    if len(paths) == 1 and max(places) - min(places) <= stop - start:
+    if len(paths) == 1 and max(places) - min(places) <= stop - start + COPY:
         worker.fetch(*paths, min(places), max(places))
 
 
@@ -1956,7 +1957,7 @@ def preflight(job: Job, plan: Plan, out: Path, extras: Extras, workers: int) -> 
     if done:
         say(f"Already there: {len(done)} of {len(plan.shards)} shards")
     say(f"Space: {sized(0 if complete else needed)} to write, {sized(free)} free; memory: {workers}"
-        f" workers, {sized(WORKER_MEMORY)} each")
+        f" workers, at most {sized(WORKER_MEMORY)} each")
     if needed > free and not complete:
         raise CheckpointError(f"{out}: there is {sized(needed - free)} too little space for it; "
                               "free some or give another output")

@@ -197,16 +197,7 @@ def test_a_read_error_exits_1_and_names_the_file(source, capsys, monkeypatch):
         def seek(self, position):
             raise OSError(5, "Input/output error")
 
-        def close(self):
-            pass
-
-    real = fp8_cast_bf16.Worker.read
-
-    def read(worker, path, start, into):
-        worker.files[path] = Failing()
-        real(worker, path, start, into)
-
-    monkeypatch.setattr(fp8_cast_bf16.Worker, "read", read)
+    monkeypatch.setattr(fp8_cast_bf16.Worker, "open", lambda *operands, **options: Failing())
     assert cli(arguments(source)) == 1
     error = capsys.readouterr().err
     assert "Input/output error" in error

@@ -228,7 +228,7 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(source, capsys):
         lines[5],
     ]
     assert lines[5].startswith("Space: 344kB to write, ")
-    assert lines[5].endswith(" free; memory: 3 workers, 29.4MB each")
+    assert lines[5].endswith(" free; memory: 3 workers, at most 50.3MB each")
     assert len(lines) == 6
 
 
