@@ -27,6 +27,7 @@ BF16_INFINITY, BF16_NAN = 0x7F80, 0x7FC0
 BAND = 1 << 20
 MAX_PARTS = 1024  # tensor-parallel ranks that a fused weight may have been made for
 BLOCK_SIZES = (16, 32, 64, 128, 256, 1)  # seen in formats, for one axis each
+LAUNCH_SIZE = 1 << 27  # elements, so that 32 bits number them and few tiles lie side by side
 LAUNCH = threading.Lock()  # so that of several threads one compiles the kernel and the rest find it
 
 
@@ -48,16 +49,34 @@ class NumberFormat:
         """1, or 2 with the first code in the low half."""
         return 8 // (1 + self.exponent_bits + self.mantissa_bits)
 
-    def placement(self, exponent_bits: int, mantissa_bits: int) -> tuple[int, int, float]:
-        """Return what makes a code one of the 16-bit floats with these numbers of bits.
+    @functools.cached_property
+    def placement(self) -> tuple[int, int, float]:
+        """What makes a code a BF16 number, or the upper half of a float32.
 
         That is a left shift of the code, after its sign was extended; the bits, as int16, that it
         may then set; and the power of two by which it is too small, the difference of the biases.
         """
-        shift = mantissa_bits - self.mantissa_bits
+        shift = 7 - self.mantissa_bits
         magnitude = (1 << self.exponent_bits + self.mantissa_bits) - 1
-        rescale = 2.0 ** (2 ** (exponent_bits - 1) - 2 ** max(self.exponent_bits - 1, 0))
+        rescale = 2.0 ** (128 - 2 ** (self.exponent_bits - 1)) if self.exponent_bits else 1.0
         return shift, (magnitude << shift) - 0x8000, rescale
+
+    @functools.cached_property
+    def limit(self) -> int:
+        """The bits of a float32, a scale. A smaller one can be multiplied with the power of two of
+        placement, and with any finite value, and will not overflow.
+        """
+        largest = 2.0 ** (2 ** (self.exponent_bits - 1) + 1) if self.exponent_bits else 128.0
+        return torch.tensor(2.0**127 / max(self.placement[2], largest)).view(torch.int32).item()
+
+    @functools.cached_property
+    def constants(self) -> dict[str, int | float]:
+        """What the Triton kernel, which decodes to float32, has to know of a format."""
+        shift, mask, rescale = self.placement
+        shift += 8 + 8 // self.codes_per_byte  # a code stands in the upper bits of its byte
+        return {"EXPONENT_BITS": self.exponent_bits, "CODES_PER_BYTE": self.codes_per_byte,
+                "SHIFT": shift, "MASK": mask << 16, "RESCALE": rescale, "SPECIAL": self.special,
+                "LIMIT": self.limit}
 
     @functools.cached_property
     def values(self) -> torch.Tensor:
@@ -79,11 +98,6 @@ class NumberFormat:
             bias = 2 ** (self.exponent_bits - 1) - 1
             value = math.ldexp(hidden + mantissa, max(exponent, 1) - bias - self.mantissa_bits)
         return -value if sign else value
-
-    @property
-    def largest(self) -> float:
-        """A power of two that no finite value reaches."""
-        return 2.0 ** (2 ** (self.exponent_bits - 1) + 1) if self.exponent_bits else 128.0
 
 
 NONE = 0x80
@@ -315,13 +329,10 @@ def _pieces(
 
 
 def _dequantize_cpu(codes, scales, out, fmt, grid, start, stop) -> torch.Tensor:
-    rescale = fmt.placement(8, 7)[2] if fmt.special != NONE else 1.0  # what _decode leaves to do
-    # As integers -0.0 is below and NaN above ordinary scales. Those take over the power of two that
-    # the decoded codes lack, which is exact unless it overflows.
+    # As integers -0.0 is below and NaN above ordinary scales.
     low, high = scales.view(torch.int32).aminmax()
-    bound = high.view(torch.float32).item() * max(rescale, fmt.largest)
-    ordinary = low.item() >= 0 and bound < torch.finfo(torch.bfloat16).max
-    rescaled = scales * rescale
+    ordinary = low.item() >= 0 and high.item() < fmt.limit
+    rescaled = scales * fmt.placement[2] if fmt.special != NONE else scales  # as _decode expects
     band = torch.empty(min(BAND, stop - start), dtype=torch.bfloat16)
     specials = torch.zeros(2, dtype=torch.int64)
     first_row, _, first_col, _ = grid.scale_region(start, stop)
@@ -362,7 +373,7 @@ def _decode(codes, out, fmt) -> None:
     elif not fmt.exponent_bits:
         out.copy_(codes.view(torch.int8))
     else:  # int8 widens with its sign, which so arrives at the top; * is faster than torch's <<
-        shift, mask, _ = fmt.placement(8, 7)
+        shift, mask, _ = fmt.placement
         out.view(torch.int16).copy_(codes.view(torch.int8)).mul_(1 << shift).bitwise_and_(mask)
 
 
@@ -427,41 +438,49 @@ def weight_dequant_kernel():
     import triton.language as tl
 
     # What only says where a window lies would otherwise have the kernel compiled again and again.
-    @triton.jit(do_not_specialize=["M", "row", "part", "scale_rows_per_part", "stride_scale"])
+    anywhere = ["M", "row", "part", "scale_rows_per_part", "first_scale_row", "block_rows"]
+
+    @triton.jit(do_not_specialize=[*anywhere, "stride_scale"])
     def kernel(
-        codes_ptr, scales_ptr, out_ptr,
+        codes_ptr, scales_ptr, out_ptr, specials_ptr,
         M, N, row, col, stride_codes, col_codes,
-        part, scale_rows_per_part, block_rows, block_cols, stride_scale,
+        part, scale_rows_per_part, first_scale_row, block_rows, stride_scale,
         EXPONENT_BITS: tl.constexpr, CODES_PER_BYTE: tl.constexpr, SHIFT: tl.constexpr,
-        MASK: tl.constexpr, RESCALE: tl.constexpr, SPECIAL: tl.constexpr,
+        MASK: tl.constexpr, RESCALE: tl.constexpr, SPECIAL: tl.constexpr, LIMIT: tl.constexpr,
+        STACKED: tl.constexpr, GROUPS_PER_BLOCK: tl.constexpr,
         BLOCK_SIZE_M: tl.constexpr, BLOCK_SIZE_G: tl.constexpr, BLOCK_SIZE_K: tl.constexpr,
+        VECTOR: tl.constexpr,
     ):
         """out[i, j] = bfloat16(decode(codes[i, j]) * scales[scale_row(i), (col + j) // block_cols])
 
         codes: (M, stride_codes) uint8, out: (M, N) bfloat16 as int16, both row-major: the rectangle
         at (row, col) of its part of the weight, col_codes bytes into a row. scales: float32, the
-        matrix from that rectangle's first scale on. Grid: one program per tile of BLOCK_SIZE_M rows
-        and BLOCK_SIZE_G groups of BLOCK_SIZE_K columns. A group lies in one block: one scale.
+        matrix from that rectangle's first scale on. specials: the numbers of NaN and infinities in
+        out are added to these two. Grid: one program per tile of BLOCK_SIZE_M rows and BLOCK_SIZE_G
+        groups of BLOCK_SIZE_K columns, of which GROUPS_PER_BLOCK lie in one block and have one
+        scale. VECTOR elements that follow each other go to one thread, so that each thread stores
+        16 bytes beside those of the next.
         """
-        tiles_n = tl.cdiv(col % BLOCK_SIZE_K + N, BLOCK_SIZE_G * BLOCK_SIZE_K)
-        pid_m = tl.program_id(0) // tiles_n
-        pid_n = tl.program_id(0) % tiles_n
+        offs_m = tl.program_id(0) * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
+        weight_row, block_rows = (row + offs_m).to(tl.uint32), block_rows.to(tl.uint32)
+        scale_row = weight_row // block_rows - first_scale_row.to(tl.uint32)
+        if STACKED:  # rows of more than one part
+            experts = weight_row // part.to(tl.uint32)
+            scale_row = (weight_row - experts * part) // block_rows + experts * scale_rows_per_part
+            scale_row -= first_scale_row
 
-        offs_m = pid_m * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
-        weight_row = row + offs_m
-        scale_row = weight_row // part * scale_rows_per_part + weight_row % part // block_rows
-        scale_row -= row // block_rows
-
-        group = col // BLOCK_SIZE_K + pid_n * BLOCK_SIZE_G + tl.arange(0, BLOCK_SIZE_G)
-        scale_col = group * BLOCK_SIZE_K // block_cols - col // block_cols
+        first_group = col // BLOCK_SIZE_K
+        group = first_group + tl.program_id(1) * BLOCK_SIZE_G + tl.arange(0, BLOCK_SIZE_G)
+        scale_col = group // GROUPS_PER_BLOCK - first_group // GROUPS_PER_BLOCK
         offs_g = group * BLOCK_SIZE_K - col
         offs_n = offs_g[:, None] + tl.arange(0, BLOCK_SIZE_K)[None, :]
 
         mask_m = (offs_m < M)[:, None, None]
         mask = mask_m & ((offs_n >= 0) & (offs_n < N))[None, :, :]
         mask_s = mask_m & ((offs_g > -BLOCK_SIZE_K) & (offs_g < N))[None, :, None]
-        offs = offs_m.to(tl.int64)[:, None, None] * N + offs_n[None, :, :]
-        offs_s = scale_row.to(tl.int64)[:, None, None] * stride_scale + scale_col[None, :, None]
+        offs = offs_m[:, None, None] * N + offs_n[None, :, :]
+        offs = tl.max_contiguous(offs, (1, 1, VECTOR))
+        offs_s = scale_row[:, None, None] * stride_scale + scale_col[None, :, None]
         scale = tl.load(scales_ptr + offs_s, mask=mask_s, other=0.0)
         if CODES_PER_BYTE == 1:
             code = tl.load(codes_ptr + offs, mask=mask, other=0)
@@ -469,52 +488,67 @@ def weight_dequant_kernel():
             offs_b = (group * (BLOCK_SIZE_K // 2) - col_codes)[:, None]
             offs_b += tl.arange(0, BLOCK_SIZE_K // 2)[None, :]
             mask_b = mask_m & ((offs_b >= 0) & (offs_b < stride_codes))[None, :, :]
-            offs_b = offs_m.to(tl.int64)[:, None, None] * stride_codes + offs_b[None, :, :]
+            offs_b = offs_m[:, None, None] * stride_codes + offs_b[None, :, :]
+            offs_b = tl.max_contiguous(offs_b, (1, 1, VECTOR // 2))
             pair = tl.load(codes_ptr + offs_b, mask=mask_b, other=0)
-            code = tl.join(pair & 0xF, pair >> 4)
+            code = tl.join(pair << 4, pair)
             code = tl.reshape(code, (BLOCK_SIZE_M, BLOCK_SIZE_G, BLOCK_SIZE_K))
 
+        code = code.to(tl.int8, bitcast=True)
         if EXPONENT_BITS == 0:
-            value = code.to(tl.int8, bitcast=True).to(tl.float32)
+            value = code.to(tl.float32)
         else:
-            # The sign goes to the top, and back come copies of it, of which the mask leaves one.
-            bits = code.to(tl.int16) << (16 - 8 // CODES_PER_BYTE)
-            bits = (bits >> (16 - 8 // CODES_PER_BYTE - SHIFT)) & MASK
-            value = bits.to(tl.float16, bitcast=True).to(tl.float32) * RESCALE
-            if EXPONENT_BITS < 5 and SPECIAL < 0x80:
-                value = tl.where((code & 0x7F) >= SPECIAL, float("nan"), value)
-        value *= scale
+            value = ((code.to(tl.int32) << SHIFT) & MASK).to(tl.float32, bitcast=True)
 
-        # Round to nearest even by hand: hardware makes other NaN, and the interpreter truncates.
-        wide = value.to(tl.int32, bitcast=True)
-        wide = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16
-        rounded = tl.where(value == value, wide, 0x7FC0).to(tl.int16)
-        tl.store(out_ptr + offs, rounded, mask=mask)
+        rare = tl.max(scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= LIMIT
+        if SPECIAL < 0x80:
+            rare |= tl.max(tl.abs(value)).to(tl.int32, bitcast=True) >= SPECIAL << SHIFT
+        if rare:  # a NaN or an infinity may come up, and the scales cannot take over RESCALE
+            if SPECIAL < 0x80:
+                wide = value.to(tl.int32, bitcast=True)
+                special = tl.where((wide & 0x7FFFFF) == 0, float("inf"), float("nan"))
+                value *= tl.where((wide & 0x7FFFFFFF) < SPECIAL << SHIFT, 1.0, special)
+            value = value * RESCALE * scale
+            out = value.to(tl.bfloat16).to(tl.int16, bitcast=True)
+            out = tl.where(value == value, out, 0x7FC0).to(tl.int16)  # hardware makes other NaN
+            tl.store(out_ptr + offs, out, mask=mask)
+            magnitude = out & 0x7FFF
+            count = tl.where(magnitude > 0x7F80, 1, tl.where(magnitude == 0x7F80, 0x10000, 0))
+            count = tl.sum(tl.where(mask, count, 0))
+            tl.atomic_add(specials_ptr, count & 0xFFFF)
+            tl.atomic_add(specials_ptr + 1, count >> 16)
+        else:
+            out = (value * (scale * RESCALE)).to(tl.bfloat16).to(tl.int16, bitcast=True)
+            tl.store(out_ptr + offs, out, mask=mask)
 
     return kernel
 
 
 def _dequantize_triton(codes, scales, out, fmt, grid, start, stop) -> torch.Tensor:
-    bits = out.view(torch.int16)
-    shift, mask, rescale = fmt.placement(5, 10)
+    bits, specials = out.view(torch.int16), torch.zeros(2, dtype=torch.int64, device=out.device)
     first_row, _, first_col, _ = grid.scale_region(start, stop)
     # A group of columns lies inside one block: the largest power of two that divides the block. One
     # block that spans all columns has no inner edge.
-    block_cols = grid.block_cols
-    block_size_k = min(128, block_cols & -block_cols) if block_cols < grid.cols else 128
+    block_cols, groups_per_block, block_size_k = grid.block_cols, 1 << 30, 128
+    if block_cols < grid.cols:
+        block_size_k = min(128, block_cols & -block_cols)
+        groups_per_block = block_cols // block_size_k
     at = 0
-    for row, col, M, N in _pieces(start, stop, grid.cols, stop - start):
+    for row, col, M, N in _pieces(start, stop, grid.cols, LAUNCH_SIZE):
         block_size_g = min(1024 // block_size_k, 1 << (-(-N // block_size_k) - 1).bit_length())
         block_size_m = 4096 // (block_size_k * block_size_g)
         tiles_n = -(-(col % block_size_k + N) // (block_size_g * block_size_k))
         s = scales[grid.scale_row(row) - first_row :, col // block_cols - first_col :]
+        row %= grid.part
         with LAUNCH, torch.cuda.device_of(codes):
-            weight_dequant_kernel()[(-(-M // block_size_m) * tiles_n,)](
-                codes[at // fmt.codes_per_byte :], s, bits[at:],
-                M, N, row % grid.part, col, N // fmt.codes_per_byte, col // fmt.codes_per_byte,
-                grid.part, grid.scale_rows_per_part, grid.block_rows, block_cols, scales.stride(0),
-                fmt.exponent_bits, fmt.codes_per_byte, shift, mask, rescale, fmt.special,
-                block_size_m, block_size_g, block_size_k,
+            weight_dequant_kernel()[-(-M // block_size_m), tiles_n](
+                codes[at // fmt.codes_per_byte :], s, bits[at:], specials,
+                M, N, row, col, N // fmt.codes_per_byte, col // fmt.codes_per_byte,
+                grid.part, grid.scale_rows_per_part, row // grid.block_rows, grid.block_rows,
+                scales.stride(0), **fmt.constants, STACKED=row + M > grid.part,
+                GROUPS_PER_BLOCK=groups_per_block, BLOCK_SIZE_M=block_size_m,
+                BLOCK_SIZE_G=block_size_g, BLOCK_SIZE_K=block_size_k, VECTOR=min(8, block_size_k),
+                enable_fp_fusion=False,
             )
         at += M * N
-    return _count_specials(out)
+    return specials

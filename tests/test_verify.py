@@ -203,17 +203,16 @@ def test_verifying_shares_no_decoding_with_converting(folders, capsys, monkeypat
 @pytest.mark.parametrize("broken", ["shift", "mask", "rescale", "values"])
 def test_an_error_in_the_kernel_would_be_found(folders, capsys, monkeypatch, broken):
     source, codes = folders[0], kernel.FORMATS["E4M3"]
-    shift, mask, rescale = codes.placement(8, 7)
+    shift, mask, rescale = codes.placement
     wrong = {
         "shift": (shift - 1, mask, rescale),
         "mask": (shift, mask & ~0x10, rescale),
         "rescale": (shift, mask, rescale * 2),
     }
     with monkeypatch.context() as patch:
-        if broken == "values":
-            patch.setitem(vars(codes), "values", codes.values * 2)
-        else:
-            patch.setattr(kernel.NumberFormat, "placement", lambda *bits: wrong[broken])
+        wrong["values"] = codes.values * 2
+        name = "values" if broken == "values" else "placement"
+        patch.setitem(vars(codes), name, wrong[broken])
         main(source, source.parent / "wrong")
     found = differences((source, source.parent / "wrong"), capsys)
     with_nan = [line for line in found if line.startswith("nan.weight: ")]
