@@ -36,6 +36,7 @@ import argparse
 import collections
 import functools
 import heapq
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -176,6 +177,8 @@ def run_layout(source: str, out: str) -> None:
 
 OURS, FLOOR = {"ours": run_ours}, {"floor": run_floor}
 OTHERS = {"compressed-tensors": run_compressed_tensors, "ancestor": run_ancestor}
+if not importlib.util.find_spec("compressed_tensors"):
+    del OTHERS["compressed-tensors"]
 GPU_COPIES = 32  # of the weight that the CPU gets, or launching would take longer than the work
 GPU_RUNS = {"ours on GPU": functools.partial(run_ours, device="cuda")}
 LATER_RUNS = {"verify": run_verify, "reading": run_reading, "again": run_again}

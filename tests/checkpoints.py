@@ -7,11 +7,13 @@ with the converter.
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp8_cast_bf16 import main
+from fp8_cast_bf16 import CheckpointError, main
 
+PACKED, E8M0 = torch.uint8, torch.float8_e8m0fnu
 INDEX = "model.safetensors.index.json"
 ONE = "model-00001-of-00002.safetensors"
 TWO = "model-00002-of-00002.safetensors"
@@ -173,3 +175,60 @@ def write_raw(path: Path, tensors: dict[str, tuple[str, list[int], torch.Tensor]
         data += chunk
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def rand(*shape, dtype=torch.float32):
+    return (torch.rand(shape) + 0.01).to(dtype)
+
+
+def exponents(*shape, dtype=PACKED):
+    """Return E8M0 bytes that run through their whole range, 0 (2^-127) and 255 (NaN) included."""
+    values = torch.arange(torch.Size(shape).numel()) * 3 % 256
+    return values.to(torch.uint8).view(dtype).view(shape)
+
+
+def powers(raw):
+    """Return what E8M0 bytes mean, in float32."""
+    raw = raw.view(torch.uint8).double()
+    return torch.where(raw == 255, torch.nan, 2.0 ** (raw - 127)).float()
+
+
+def packed(*shape, dtype=PACKED):
+    return every_code(*shape, PACKED).view(dtype)
+
+
+def convert(tmp_path, tensors, expected, config=None, name="model.safetensors", **options):
+    """Convert one shard and hold every tensor that comes out against what is expected."""
+    write_checkpoint(tmp_path / "in", {name: tensors}, config, index=False)
+    main(tmp_path / "in", tmp_path / "out", **options)
+    check_again(tmp_path / "in", tmp_path / "out", **options)
+    got = load_checkpoint(tmp_path / "out")
+    assert set(got) == set(expected)
+    for tensor_name, tensor in expected.items():
+        assert_same_bits(got[tensor_name], tensor)
+
+
+def ct_config(**weights):
+    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, **weights}}}
+    return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+
+
+def positive(codes):
+    """Return FP8 codes without their sign bit."""
+    return (codes.view(torch.uint8) & 0x7F).view(codes.dtype)
+
+
+def nvfp4(second, divide):
+    """Return packed codes, their E4M3 scales, and the BF16 values under a second scale."""
+    codes, scale = packed(30, 40), positive(finite_codes(30, 5))
+    wide = scale.float() / second if divide else scale.float() * second
+    return codes, scale, dequantized(fp4_values(codes), wide, (1, 16))
+
+
+def assert_refused(tmp_path, tensors, *complaints, config=None, name="model.safetensors"):
+    write_checkpoint(tmp_path / "in", {name: tensors}, config, index=False)
+    with pytest.raises(CheckpointError) as caught:
+        main(tmp_path / "in", tmp_path / "out")
+    for complaint in complaints:
+        assert complaint in str(caught.value)
+    assert not (tmp_path / "out").exists()

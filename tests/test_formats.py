@@ -12,60 +12,31 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from checkpoints import (
+    E8M0,
+    PACKED,
+    assert_refused,
     assert_same_bits,
     canonical,
-    check_again,
     contents,
+    convert,
+    ct_config,
     dequantized,
     every_code,
+    exponents,
     finite_codes,
     fp4_values,
     load_checkpoint,
+    nvfp4,
+    packed,
+    positive,
+    powers,
+    rand,
     write_checkpoint,
     write_raw,
 )
 from fp8_cast_bf16 import CheckpointError, main, make_plan
 from fp8_cast_bf16 import load_checkpoint as load_headers
 from make_checkpoint import deepseek_v3_tensors, make_layout
-
-PACKED = torch.uint8
-E8M0 = torch.float8_e8m0fnu
-
-
-def rand(*shape, dtype=torch.float32):
-    return (torch.rand(shape) + 0.01).to(dtype)
-
-
-def exponents(*shape, dtype=PACKED):
-    """Return E8M0 bytes that run through their whole range, 0 (2^-127) and 255 (NaN) included."""
-    values = torch.arange(torch.Size(shape).numel()) * 3 % 256
-    return values.to(torch.uint8).view(dtype).view(shape)
-
-
-def powers(raw):
-    """Return what E8M0 bytes mean, in float32."""
-    raw = raw.view(torch.uint8).double()
-    return torch.where(raw == 255, torch.nan, 2.0 ** (raw - 127)).float()
-
-
-def packed(*shape, dtype=PACKED):
-    return every_code(*shape, PACKED).view(dtype)
-
-
-def convert(tmp_path, tensors, expected, config=None, name="model.safetensors", **options):
-    """Convert one shard and hold every tensor that comes out against what is expected."""
-    write_checkpoint(tmp_path / "in", {name: tensors}, config, index=False)
-    main(tmp_path / "in", tmp_path / "out", **options)
-    check_again(tmp_path / "in", tmp_path / "out", **options)
-    got = load_checkpoint(tmp_path / "out")
-    assert set(got) == set(expected)
-    for tensor_name, tensor in expected.items():
-        assert_same_bits(got[tensor_name], tensor)
-
-
-def ct_config(**weights):
-    groups = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, **weights}}}
-    return {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
@@ -247,13 +218,6 @@ def test_f4_dtype_counts_elements_not_bytes(tmp_path):
     assert_same_bits(load_checkpoint(tmp_path / "out")["e.weight"], expected)
 
 
-def nvfp4(second, divide):
-    """Return packed codes, their E4M3 scales, and the BF16 values under a second scale."""
-    codes, scale = packed(30, 40), finite_codes(30, 5)
-    wide = scale.float() / second if divide else scale.float() * second
-    return codes, scale, dequantized(fp4_values(codes), wide, (1, 16))
-
-
 def test_nvfp4_of_modelopt_beside_fp8(tmp_path):
     second = torch.tensor(0.0123)
     codes, scale, values = nvfp4(second, divide=False)
@@ -281,7 +245,7 @@ def test_nvfp4_of_compressed_tensors_is_divided_and_renamed(tmp_path):
 
 
 def test_nvfp4_of_stacked_experts_has_a_second_scale_for_each(tmp_path):
-    codes, scale, second = packed(60, 40).view(3, 20, 40), finite_codes(3, 20, 5), rand(3)
+    codes, scale, second = packed(60, 40).view(3, 20, 40), positive(finite_codes(3, 20, 5)), rand(3)
     wide = scale.float() * second.view(3, 1, 1)
     tensors = {
         "experts.gate_up_proj": codes,
@@ -479,15 +443,6 @@ def test_gpu_and_cpu_write_the_same_bytes_for_fp4_and_second_scales(tmp_path, mo
 
 
 # --- what is refused ---
-
-
-def assert_refused(tmp_path, tensors, *complaints, config=None, name="model.safetensors"):
-    write_checkpoint(tmp_path / "in", {name: tensors}, config, index=False)
-    with pytest.raises(CheckpointError) as caught:
-        main(tmp_path / "in", tmp_path / "out")
-    for complaint in complaints:
-        assert complaint in str(caught.value)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
