@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.7", "safetensors>=0.6", "tqdm", "triton>=3.3; sys_platform == 'linux'"]
+# dependencies = [
+#   "torch>=2.7", "safetensors>=0.6.1", "tqdm", "triton>=3.3; sys_platform == 'linux'",
+# ]
 # ///
 """Convert an FP8 Hugging Face checkpoint into a BF16 one that loads as it is.
 
@@ -8,7 +10,7 @@
 
 An output shard is a file that can be computed at any byte range from the input:
 
-    headers -> plan -> render(shard, start, stop) -> windows on disk -> publish
+    headers -> formats -> plan -> render(shard, start, stop) -> windows on disk -> publish
 
 Planning reads headers only, so whatever is wrong with a checkpoint is said before the first byte is
 written. Workers then render windows, aligned byte ranges of a shard, in any order. A window depends
@@ -32,6 +34,7 @@ import platform
 import re
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -40,8 +43,8 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
@@ -51,115 +54,22 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-with warnings.catch_warnings():  # torch regrets the absence of numpy, which nothing here needs
+with warnings.catch_warnings():  # torch warns when numpy is not installed; nothing here uses it
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import kernel
-from kernel import CODECS, FLOATS, Grid
-
-INDEX_NAME = "model.safetensors.index.json"
-SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
-CONFIG_NAME, PARAMS_NAME = "config.json", "params.json"  # the second is Mistral's own
-# What says in a config, at any depth, or in a shard's metadata that the weights are quantized.
-QUANTIZATION_KEYS = ["quantization_config", "compression_config", "_quantization_metadata"]
-QUANTIZATION_KEYS += ["expert_dtype", "moe_quant_algo"]
-DTYPE_KEYS = ["torch_dtype", "dtype"]
-# Files beside the shards: what only a quantized checkpoint needs, weights in other formats or of
-# another set, and what tools keep for themselves is not copied; everything else is.
-QUANTIZATION_FILES = ["hf_quant_config.json", "quantization_config.json"]
-EDITED_FILES = [INDEX_NAME, CONFIG_NAME, PARAMS_NAME]
-INTEGERS = {"I8", "U8", "I16", "U16", "I32", "U32"}  # in which other formats pack weights
-WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pth", "*.gguf"]
-WEIGHT_FILES += ["*.h5", "*.msgpack", "*.tmp"]
-TOOL_FOLDERS = [".git", ".cache"]
-# The order in which safetensors' own writer lays out tensors: larger elements first, so that every
-# tensor is aligned to its element size. Within a dtype they stand by name.
-DTYPE_NAMES = (
-    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 "
-    "I8 U8 F6_E3M2 F6_E2M3 F4 BOOL"
-)
-DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_NAMES.split())}
-
-# What the scale of a weight is called: the weight's name without what its kind ends in, and one of
-# these endings. The first kind counts that has one. Shards of a table share their parent's.
-SCALE_NAMES = {
-    r"(.*\.|)weight": "weight_scale_inv weight_scale scale qscale_weight scale_weight weight.scale",
-    r"(.*\.|)weight_packed": "weight_scale",
-    r"(.*\.|)_weight_qdata": "_weight_scale",
-    r"(.*\.|)shard_\d+\.weight": "weight_scale",
-    r"(.*)": "_scale_inv _scales_inv _weight_scale _scale .scale",
-}
-SCALE_NAMES = {re.compile(kind, re.DOTALL): ends.split() for kind, ends in SCALE_NAMES.items()}
-# The patterns below are of leaves, the last parts of names, but for the refused: of dtype and leaf.
-ORPHAN_ENDINGS = "_scale_inv", "_scales_inv"  # dropped even without a weight: no loader knows them
-RENAMED = re.compile("weight_packed|_weight_qdata")  # to weight
-SCALE_LEAF = re.compile("(?s).*(_scale_inv|_scales_inv|_scale|qscale_weight|scale_weight)|scale")
-# Of two scales that could both be meant, the one that the loader for a quant_method reads.
-SCALE_OF_METHOD = {
-    **dict.fromkeys(["fp8", "mxfp8"], "_scale_inv"),
-    **dict.fromkeys(["compressed-tensors", "modelopt", "fbgemm_fp8", "quark"], "weight_scale"),
-}
-# What is of no use once the weight beside it is BF16.
-SIDE_TENSOR = re.compile(
-    r"(?s)(.*_)?(input_scale|activation_scale|qscale_act|scale_input|input_scale_ub|global_scale|"
-    r"output_scale|weight_shape|comfy_quant|(?P<zero_point>zero_point|zp)|(?P<order>g_idx))"
-)
-# Scales of the key-value cache and of activations that layers share, and ComfyUI's mark.
-CACHE_SCALE = re.compile("[kvq]_scale|kv_scale|prob_scale|scaled_fp8|qscale_act")
-COMFY_FORMATS = {"float8_e4m3fn": "E4M3", "float8_e5m2": "E5M2"}
-# Tensors that no scale alone turns into weights.
-REFUSED = {
-    r"\w+ (?:.*_)?pre_quant_scale": "an AWQ factor that belongs to the activations",
-    r"\w+ (?:.*_)?svdquant_lora_.*": "the low-rank part of an SVDQuant weight",
-    r"\w+ (?:.*_)?input_rotation": "a rotation that the loader applies at run time",
-    r"\w+ (?:qweight|qzeros)": "part of a GPTQ or AWQ weight",
-    r"I32 .*weight_packed": "a weight of packed integers (INT4)",
-    r"(?:[IU](?:16|32|64)|U8) _weight_qdata": "a torchao weight of packed integers (INT4)",
-    r"U32 weight": "an MLX weight of packed integers",
-    r"\w+ (?:absmax|SCB|bitsandbytes__.*)": "part of a bitsandbytes weight",
-    r"\w+ (?:trellis|suh|svh)": "part of an EXL3 weight",
-    r"\w+ (?:W_q|quantized_weight_values)": "part of an HQQ or fouroversix weight",
-    r"\w+ bitmask": "part of a sparse weight (2:4)",
-    r"U8 .*_blocks": "a transposed MXFP4 weight, as in gpt-oss",
-    r"F6_\w+ .*": "a 6-bit float",
-    r"F8_\w+FNUZ .*": "an FNUZ float, whose bits mean other values",
-}
-# Refused only beside a tensor that is named with the second word in place of the first.
-REFUSED_WITH = {"bitmask": "compressed", "_blocks": "_scales"}
-REFUSED_NAME = re.compile("|".join(f"({pattern})" for pattern in REFUSED), re.DOTALL)
-
-MISSING_SCALE = ["keep", "cast", "error"]
-HEADER_LIMIT = 100_000_000  # bytes, from safetensors; the index lists no more than headers do
-CONFIG_LIMIT, DEPTH_LIMIT = 10_000_000, 100  # bytes and levels, far more than any model needs
-BLOCK_SIZES_LIMIT = 64  # that a config may name
-SMALL_LIMIT = 16 << 20  # bytes of tensors that are read to plan: zero points, orders, notes
-SPAN = 16  # windows that follow each other, of which a rank takes care
-SCALES = 1 << 20  # that a worker holds at most
-POLL = 0.5  # seconds between looks at what other ranks do
-PAGE = 4096  # the alignment that direct I/O asks of offsets, lengths and memory
-DIRECT = getattr(os, "O_DIRECT", 0)
-DIRECT_READ = 256 << 10  # bytes from which on a read may be direct: smaller ones take longer so
-LOOKS = 16  # at a file, to tell whether it is cached
-WINDOW = 16 << 20
-COPY = 4 << 20  # bytes that are copied at once
-SMALL = 1 << 20  # bytes of output; tensors smaller than that on average are taken together
-# Bytes: the window, its codes, what was fetched ahead, and what the CPU's decoding takes.
-WORKER_MEMORY = 5 * WINDOW // 2 + 2 * COPY
-TEMPORARY_SUFFIX = ".tmp"
-PROBE = "fp8_cast_bf16"  # a temporary file that finds out how to write
-MESSAGE_LIMIT = 2000  # characters
-NAME_LIMIT = 255  # bytes, on most file systems
-OPEN_FILES = 8  # that a worker holds open: its shard and those in which scales stand
-SAMPLE, SAMPLES = 16, 4  # elements around a place, and places that a resumed run looks at
-PHASES = ["reading", "decoding", "writing", "syncing"]
-SPECIALS = ["NaN", "infinite"]
+from kernel import Grid, ceil_div, pieces
 
 
 class CheckpointError(Exception):
     """Something about the checkpoint that its user can mend: names the file and the tensor."""
+
+
+class UsageError(ValueError):
+    """The arguments cannot be meant as they are given."""
 
 
 def printable(text: str) -> str:
@@ -169,9 +79,13 @@ def printable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def say(text: str) -> None:
+    print(printable(text), flush=True)
+
+
 @contextmanager
 def naming(path: Path):
-    """Put the file's name into an OSError: reads and writes raise them without."""
+    """Add the path to an OSError from read or write, which do not know it."""
     try:
         yield
     except OSError as error:
@@ -179,18 +93,22 @@ def naming(path: Path):
         raise
 
 
-@functools.cache  # 100,000 tensors stand in a few shards and are called one of a few leaves
-def matches(pattern: re.Pattern, text: str) -> re.Match | None:
-    return pattern.fullmatch(text)
-
-
 # --- checkpoint: where every tensor's bytes are ---
+
+INDEX_NAME, INDEX_SUFFIX = "model.safetensors.index.json", ".safetensors.index.json"
+CONFIG_NAME, PARAMS_NAME = "config.json", "params.json"  # The second is Mistral's own.
+NVIDIA_CONFIG_NAME = "hf_quant_config.json"
+SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
+TOOL_FOLDERS = [".git", ".cache"]
+HEADER_LIMIT = 100_000_000  # Bytes, from safetensors; an index lists no more than headers do.
+CONFIG_LIMIT, DEPTH_LIMIT = 10_000_000, 100  # Bytes and levels, far more than any model needs.
 
 
 class Tensor(NamedTuple):
     """A tensor on disk: dtype as safetensors spells it, bytes [start, stop) of the file at path.
 
-    leaf is the name's last part, module what stands before its last dot.
+    The path of a tensor of the input is absolute or relative as the input's; of a planned output,
+    relative to the output. leaf is the name's last part, module what stands before its last dot.
     """
 
     name: str
@@ -210,9 +128,11 @@ class Checkpoint:
     root: Path
     shards: dict[str, dict[str, str]]
     tensors: dict[str, Tensor]
+    index_name: str
     index: dict | None
     config: dict | None
     params: dict | None
+    nvidia_config: dict | None
 
 
 def is_plain(path: Path, root: Path) -> bool:
@@ -234,8 +154,7 @@ def parse_json(path: Path, text: bytes) -> dict:
     def unique(pairs):
         value = dict(pairs)
         if len(value) != len(pairs):
-            seen = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise ValueError(f"{twice} stands there twice")
         return value
 
@@ -260,7 +179,7 @@ def read_json(path: Path) -> dict | None:
     if not is_plain(path, path.parent):
         raise CheckpointError(f"{path}: is no file of the checkpoint itself: a link to nothing "
                               "or elsewhere, or a device; put the file there")
-    limit = HEADER_LIMIT if path.name == INDEX_NAME else CONFIG_LIMIT
+    limit = HEADER_LIMIT if path.name.endswith(INDEX_SUFFIX) else CONFIG_LIMIT
     if (size := path.stat().st_size) > limit:
         raise CheckpointError(f"{path}: has {size} bytes; expected at most {limit}")
     value = parse_json(path, path.read_bytes())
@@ -293,7 +212,7 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
     metadata = header.pop("__metadata__", None) or {}
     tensors = []
     for name, entry in header.items():
-        # that parser takes lists for objects, too
+        # That parser takes lists for objects, too.
         if not (isinstance(entry, dict) and isinstance(entry["dtype"], str)):
             raise CheckpointError(f"{path}: {name} is described in no known way; download it again")
         module, _, leaf = name.rpartition(".")
@@ -303,15 +222,25 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
     return metadata, tensors
 
 
-def find_shards(root: Path, index: dict | None) -> list[str]:
+def find_index(root: Path) -> str:
+    """Return the name of the index: that of a model, or the only one that another library wrote."""
+    names = sorted(path.name for path in root.glob(f"*{INDEX_SUFFIX}"))
+    others = [name for name in names if not name.startswith("consolidated")]
+    if INDEX_NAME not in names and len(others) > 1:
+        raise CheckpointError(f"{root}: holds {' and '.join(others)}; move all but one checkpoint "
+                              "to folders of their own")
+    return INDEX_NAME if INDEX_NAME in names or not others else others[0]
+
+
+def find_shards(root: Path, index_name: str, index: dict | None) -> list[str]:
     """Return the file names that make up the checkpoint, sorted."""
     if index is not None:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{root / INDEX_NAME}: has no weight_map; download it again")
+            raise CheckpointError(f"{root / index_name}: has no weight_map; download it again")
         for name, shard in weight_map.items():
-            if not (isinstance(shard, str) and matches(SHARD_NAME, shard)):
-                where = f"{root / INDEX_NAME}: puts {name} into {shard!r}"
+            if not (isinstance(shard, str) and SHARD_NAME.fullmatch(shard)):
+                where = f"{root / index_name}: puts {name} into {shard!r}"
                 raise CheckpointError(f"{where}; expected a *.safetensors file beside it")
         return sorted(set(weight_map.values()))
     shards = sorted(path.name for path in root.glob("*.safetensors"))
@@ -322,17 +251,19 @@ def find_shards(root: Path, index: dict | None) -> list[str]:
     return shards
 
 
-def load_checkpoint(root: Path) -> Checkpoint:
-    """Read index, config and all headers of a checkpoint, and hold them against each other.
+def load_checkpoint(root: Path, consistent: bool = True) -> Checkpoint:
+    """Read index, configs and all headers of a checkpoint, and hold them against each other.
 
     The headers are the truth. The index decides which shards count and, where two of them hold a
-    tensor of the same name, which one does. Raises CheckpointError.
+    tensor of the same name, which one does. Raises CheckpointError, but not for an index that names
+    what is not there where `consistent` is false: then all shards of the folder count.
     """
     if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
         raise CheckpointError(f"{root}: no such folder, or not to be read; give the checkpoint's")
-    index = read_json(root / INDEX_NAME)
+    index_name = find_index(root)
+    index = read_json(root / index_name)
     shards, tensors, holders = {}, {}, {}
-    for shard in find_shards(root, index):
+    for shard in find_shards(root, index_name, index if consistent else None):
         shards[shard], members = read_header(root / shard)
         for tensor in members:
             if tensors.setdefault(tensor.name, tensor) is not tensor:
@@ -346,172 +277,275 @@ def load_checkpoint(root: Path) -> Checkpoint:
                                   "part of the checkpoint")
         tensors[name] = meant[0]
     for name, shard in weight_map.items():
-        if name not in tensors:
-            raise CheckpointError(f"{root / shard}: {name} is not there; {INDEX_NAME} names it")
-    configs = read_json(root / CONFIG_NAME), read_json(root / PARAMS_NAME)
-    return Checkpoint(root, shards, tensors, index, *configs)
+        if name not in tensors and consistent:
+            raise CheckpointError(f"{root / shard}: {name} is not there; {index_name} names it")
+    configs = (read_json(root / name) for name in (CONFIG_NAME, PARAMS_NAME, NVIDIA_CONFIG_NAME))
+    return Checkpoint(root, shards, tensors, index_name, index, *configs)
 
 
-# --- plan: what every byte of the output will be ---
+# --- formats: how weights are stored; a new format is a row here, and a test in test_formats.py ---
+
+# What says in a config, at any depth, or in a shard's metadata that the weights are quantized.
+QUANTIZATION_KEYS = ["quantization_config", "compression_config", "_quantization_metadata",
+                     "expert_dtype", "moe_quant_algo"]
+BLOCK_SIZES_LIMIT = 64  # A config may name so many block sizes.
+SMALL_LIMIT = 16 << 20  # Bytes of a tensor that is read to plan: zero points, orders, notes.
+F8 = frozenset({"F8_E4M3", "F8_E5M2"})
+FLOATS = frozenset({"F32", "BF16", "F16"})
+EXPONENTS = frozenset({"F8_E8M0", "U8"})  # Bytes that are exponents of two, biased by 127.
+SMALL_FLOATS = frozenset({"F8_E4M3"})
+INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})  # I64, U64, BOOL never hold codes.
+CODE_BYTES = {"I8": 1, "U8": 1, "I32": 4}  # Of an element that packs codes.
+NUMBER_FORMATS = {"F8_E4M3": "E4M3", "F8_E5M2": "E5M2"}
+
+# What serves a quantized weight and means nothing beside a BF16 one. Zero points must be zero, and
+# group indices in order.
+SIDES = (
+    "input_scale", "output_scale", "activation_scale", "act_scale", "input_scale_ub",  # activations
+    "input_scale_2", "input_zero_point", "output_zero_point", "scale_input", "qscale_act", "comfy_quant",
+    "{}_zero_point", "{}_zp", "{}_g_idx",
+)
+# May stand beside any weight, and are copied. A scale is that of the weight unless another is.
+PARAMETERS = {"bias", "e_score_correction_bias", "scale"}
+COMPRESSED = ("format", frozenset({  # vllm-project/compressed-tensors config/base.py
+    "dense", "naive-quantized", "float-quantized", "int-quantized", "mixed-precision",
+    "pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized",
+}))
+SEMANTICS = "weight_scale_semantics"  # The one key that says that an FP8 scale is not a factor.
+
+# amd/Quark 0.13: with other dtypes and formats of scales the same tensors mean something else.
+QUARK = (("dtype", frozenset({"fp4", "fp8_e4m3", "fp8_e5m2"})),
+         ("scale_format", frozenset({"e8m0", "float32"})))
+
+
+def named(*words: str) -> frozenset[str]:
+    return frozenset(words)
+
+
+class Format(NamedTuple):
+    """One way to store a weight. The first row counts whose names, dtypes and method are there.
+
+    Names are what follows the module. "{}" stands for the stem, the last part of the output's name:
+    `weight` mostly, or that of a parameter without a module (`experts.gate_up_proj`). weight is a
+    regular expression, and may reach into modules below the one in which the scale stands.
+
+    containers, scale_dtypes: dtypes as safetensors spells them. number_format: a key of
+    kernel.FORMATS; where it is empty, the dtype says it. methods: the values of quant_method whose
+    loaders read the tensors so; "" where no method is named. FP8 means the same everywhere, so for
+    it they only decide between two scales; bytes and integers count under these methods alone.
+    groups: elements of a row that share a scale, where the format fixes them. global_scale: the
+    scale of the scales, which multiplies or `divides` them. inverse: the scale itself divides.
+    stacked: the scales of all experts stand in one tensor, the weights do not. whole_rows: no
+    scale holds for a part of a row (Quark stores INT8 groups transposed). sides: what else is
+    dropped with the weight. requires: keys of the config that must be there with these values;
+    accepts: keys that may have these values only.
+    """
+
+    title: str
+    weight: str
+    scale: str
+    containers: frozenset[str] = F8
+    scale_dtypes: frozenset[str] = FLOATS | EXPONENTS
+    number_format: str = ""
+    methods: frozenset[str] = frozenset()
+    groups: tuple[int, ...] = ()
+    global_scale: str = ""
+    divides: bool = False
+    inverse: bool = False
+    stacked: bool = False
+    transposed: bool = False
+    whole_rows: bool = False
+    sides: tuple[str, ...] = SIDES
+    requires: tuple[tuple[str, frozenset[str]], ...] = ()
+    accepts: tuple[tuple[str, frozenset[str]], ...] = ()
+
+
+FORMATS = [
+    # modelcloud/GPTQModel quantize_fp8_weight: the scale is 448 / absmax and divides.
+    Format("GPTQModel", "{}", "{}_scale_inv", scale_dtypes=FLOATS, inverse=True,
+           requires=((SEMANTICS, named("inverse")),)),
+    # deepseek-ai/DeepSeek-V3 inference/kernel.py multiplies: it is the inverse of the factor by
+    # which the quantizer multiplied.
+    Format("DeepSeek-V3, Kimi-K2, Qwen3, GLM-5, MiniMax, Mistral", "{}", "{}_scale_inv",
+           methods=named("fp8", "mxfp8")),
+    # huggingface/transformers integrations/finegrained_fp8.py, experts of releases before 5.0.
+    Format("fused experts of transformers 4", "{}", "{}_scales_inv"),
+    # huggingface/transformers modeling of Llama 4, FbgemmFp8Llama4TextExperts: the weight is
+    # stored transposed, so that its scales of rows are scales of columns here.
+    Format("Llama 4 (fbgemm)", "down_proj", "down_proj_scale", scale_dtypes=FLOATS, transposed=True,
+           requires=(("quant_method", named("fbgemm_fp8")),)),
+    Format("compressed-tensors, ModelOpt, fbgemm, Quark, auto-round, AutoFP8", "{}", "{}_scale",
+           methods=named("compressed-tensors", "modelopt", "fbgemm_fp8", "quark", "auto-round")),
+    # NVIDIA/Model-Optimizer torch/export: experts that the model itself fuses.
+    Format("fused experts of ModelOpt", "{}", "{}_weight_scale", methods=named("modelopt")),
+    # deepseek-ai/DeepSeek-V4 inference/model.py
+    Format("DeepSeek-V4", "weight", "scale"),
+    Format("Fish Audio", "{}", "{}.scale", scale_dtypes=FLOATS),
+    # vllm-project/vllm models/llama.py, mistral_mapping
+    Format("Mistral consolidated", "weight", "qscale_weight", scale_dtypes=FLOATS),
+    # kohya-ss/musubi-tuner modules/fp8_optimization_utils.py; comfyanonymous/ComfyUI comfy/utils.py,
+    # convert_old_quants
+    Format("musubi-tuner", "weight", "scale_weight", scale_dtypes=FLOATS,
+           global_scale="scale_weight_tensor"),
+    Format("ComfyUI scaled", "weight", "scale_weight", scale_dtypes=FLOATS),
+    # pytorch/ao prototype/safetensors
+    Format("torchao", "_{}_qdata", "_{}_scale", scale_dtypes=FLOATS, methods=named("torchao")),
+    # vllm-project/vllm 53896: the shards of an embedding share the scale of the whole.
+    Format("Qwen3.8 n-gram tables", r"shard_\d+\.weight", "weight_scale", scale_dtypes=FLOATS),
+    # huggingface/transformers 5 integrations/finegrained: save_pretrained takes the experts apart
+    # but not their scales, in which the rows of up follow those of gate.
+    Format("experts saved by transformers 5", r"\d{1,9}\.(?:gate_proj|up_proj|w1|w3)\.weight",
+           "gate_up_proj_scale_inv", stacked=True),
+    Format("experts saved by transformers 5", r"\d{1,9}\.(?:down_proj|w2)\.weight",
+           "down_proj_scale_inv", stacked=True),
+    # deepseek-ai/DeepSeek-V3 inference/kernel.py, run on tensors that were viewed as bytes.
+    Format("FP8 as bytes", "{}", "{}_scale_inv", named("U8"), FLOATS, "E4M3", named("")),
+    # comfyanonymous/ComfyUI comfy/quant_ops.py: a note beside the weight says what its bytes are.
+    Format("ComfyUI, E4M3 by note", "weight", "weight_scale", named("U8"), FLOATS, "E4M3",
+           named("ComfyUI's float8_e4m3fn")),
+    Format("ComfyUI, E5M2 by note", "weight", "weight_scale", named("U8"), FLOATS, "E5M2",
+           named("ComfyUI's float8_e5m2")),
+    # sgl-project/sglang layers/quantization/blockwise_int8.py and w8a8_int8.py
+    Format("INT8 in blocks", "{}", "{}_scale_inv", named("I8"), FLOATS, "INT8",
+           named("blockwise_int8")),
+    Format("INT8 per row or tensor", "{}", "{}_scale", named("I8"), FLOATS, "INT8",
+           named("w8a8_int8", "quark", "modelopt"), whole_rows=True),
+    Format("compressed-tensors INT8", "{}", "{}_scale", named("I8"), FLOATS, "INT8",
+           named("compressed-tensors"), accepts=(COMPRESSED,)),
+    # InternLM/lmdeploy lite/apis/smooth_quant.py
+    Format("INT8 of lmdeploy", "weight", "scale", named("I8"), FLOATS, "INT8",
+           named("smooth_quant")),
+    Format("INT8 of torchao", "_{}_qdata", "_{}_scale", named("I8"), FLOATS, "INT8",
+           named("torchao")),
+    # deepseek-ai/DeepSeek-V4 inference/convert.py: two codes a byte, the low half first.
+    Format("experts of DeepSeek-V4 (MXFP4)", "weight", "scale", named("I8", "F4"),
+           named("F8_E8M0"), "E2M1", named("fp8"), (32,)),
+    # vllm-project/compressed-tensors compressors/mxfp4; intel/auto-round
+    # export/export_to_llmcompressor
+    Format("compressed-tensors MXFP4", "{}_packed", "{}_scale", named("U8"), EXPONENTS, "E2M1",
+           named("compressed-tensors", "auto-round"), (32,),
+           accepts=(COMPRESSED, ("data_type", named("mx_fp", "mx_fp4")))),
+    # vllm-project/vllm layers/quantization/quark/schemes/quark_ocp_mx.py; NVIDIA/Model-Optimizer
+    # torch/quantization/qtensor/mxfp4_tensor.py
+    Format("MXFP4 of Quark and ModelOpt", "{}", "{}_scale", named("U8"), EXPONENTS, "E2M1",
+           named("quark", "modelopt"), (32,),
+           accepts=QUARK),
+    # vllm-project/compressed-tensors compressors/nvfp4: the global scale divides.
+    Format("compressed-tensors NVFP4", "{}_packed", "{}_scale", named("U8"), SMALL_FLOATS, "E2M1",
+           named("compressed-tensors", "auto-round"), (16,), "{}_global_scale", divides=True,
+           sides=(*SIDES, "input_global_scale"),
+           accepts=(COMPRESSED, ("data_type", named("nv_fp", "nv_fp4")))),
+    # NVIDIA/Model-Optimizer torch/quantization/qtensor/nvfp4_tensor.py. Fused experts may have one
+    # global scale for gate and one for up.
+    Format("ModelOpt W4A8_NVFP4_FP8", "{}", "{}_scale", named("U8"), SMALL_FLOATS, "E2M1",
+           named("modelopt"), (32, 16), "{}_scale_2",
+           requires=(("quant_algo", named("W4A8_NVFP4_FP8")),)),
+    Format("ModelOpt NVFP4", "{}", "{}_scale", named("U8"), SMALL_FLOATS, "E2M1",
+           named("modelopt", "quark"), (16,), "{}_scale_2", accepts=QUARK),
+    Format("fused experts of ModelOpt NVFP4", "{}", "{}_weight_scale", named("U8"), SMALL_FLOATS,
+           "E2M1", named("modelopt"), (16,), "{}_weight_scale_2"),
+    # huggingface/transformers integrations/finegrained/nvfp4.py: here the global scale multiplies.
+    Format("transformers NVFP4", "{}", "{}_scale_inv", named("U8"), SMALL_FLOATS, "E2M1",
+           named("nvfp4"), (16,), "{}_global_scale", sides=(*SIDES, "input_global_scale")),
+    Format("fused experts of transformers NVFP4", "{}", "{}_scale_inv", named("U8"), SMALL_FLOATS,
+           "E2M1", named("nvfp4"), (16,), "{}_weight_global_scale",
+           sides=(*SIDES, "input_global_scale")),
+    # vllm-project/vllm models/inkling/nvidia
+    Format("Inkling NVFP4", "{}", "{}.scale", named("U8"), SMALL_FLOATS, "E2M1", named("modelopt"),
+           (16,), "{}.scale2", sides=(*SIDES, "{}.input_amax", "{}.original_shape")),
+    # sgl-project/sglang layers/quantization/w4afp8.py: two's complement, the low half first.
+    Format("W4AFP8", "{}", "{}_scale_inv", named("I8"), FLOATS, "INT4", named("w4afp8"), (128,)),
+    # vllm-project/compressed-tensors compressors/pack_quantized: eight codes an int32, the lowest
+    # bits first, 8 more than the value. The config gives the groups.
+    Format("Kimi-K2-Thinking, compressed-tensors INT4", "{}_packed", "{}_scale", named("I32"),
+           FLOATS, "UINT4B8", named("compressed-tensors"), sides=(*SIDES, "{}_shape"),
+           accepts=(COMPRESSED,)),
+]
+PLAIN_CAST = Format("plain FP8 cast", "{}", "")  # no scale: the policy of --missing-scale
+
+CONTAINERS = frozenset().union(*(row.containers for row in FORMATS))
+ALL_SIDES = frozenset(side.replace("{}", "weight") for row in FORMATS for side in row.sides)
+STRANGE_DTYPES = {  # What is never copied: only a quantized weight has a use for it.
+    "F4": "4-bit floats", "F6_E2M3": "a 6-bit float", "F6_E3M2": "a 6-bit float",
+    "F8_E4M3FNUZ": "an FNUZ float, whose bits mean other values",
+    "F8_E5M2FNUZ": "an FNUZ float, whose bits mean other values",
+    "F8_E8M0": "an exponent that is the scale of no known weight",
+}
+# Words of which the name of a scale consists, whoever wrote it; one of the first kind is among them.
+SCALE_WORDS = named("scale", "scales", "scaling", "absmax", "scb", "suh", "svh", "compressed")
+OTHER_WORDS = named(
+    "weight", "weights", "inv", "inverse", "reciprocal", "factor", "factors", "block", "blocks",
+    "group", "channel", "global", "double", "quant", "quantized", "quantizer", "deq", "fp8", "fp4",
+)
+# What a tensor that holds codes may be called beyond the name of the weight.
+CODES_ENDING = re.compile(r"_?(packed|qdata|data|blocks|quantized|qweight|weight)")
+CODES_NAME = re.compile(r"weight|qweight|qzeros|W_q|.*(_packed|_qdata|_proj)", re.DOTALL)
+# Endings of names that say, after a weight's name, that the tensor takes part in its quantization.
+QUANTIZATION_ENDING = re.compile(
+    r"(.*[._])?(scales?|scale_?(inv|\d)|scales_inv|zero_points?|zp|q?zeros|g_idx|offset|shape|amax|"
+    r"absmax|rotation|trans|svd\w*|lora\w*|packed|qdata|codebook|blocks|bitmask|compressed|quant\w*)",
+    re.DOTALL,
+)
+ORPHAN_LEAF = re.compile(
+    r"weight_scale|qscale_weight|scale_weight|.*(_scale_inv|_scales_inv|_weight_scale)", re.DOTALL)
+DROPPED_ORPHANS = "_scale_inv", "_scales_inv"  # No model has a parameter of such a name.
+# Scales of the key-value cache and of attention (vllm-project/vllm model_loader/weight_utils.py),
+# of activations that layers share, and ComfyUI's mark.
+CACHE_SCALE = re.compile("[kvq]_scale|kv_scale|prob_scale|prob_output_scale|qscale_act|scaled_fp8")
+CACHE_OFFSET = {"k_bias": "k_scale", "v_bias": "v_scale"}  # ModelOpt's affine key-value cache.
+ATTENTION_ZERO = re.compile("[kvq]_zero_point")  # vllm-project/llm-compressor, FP8 attention
+UNKNOWN_METHODS = "quantization_bit", "quant_type", "dfloat11_config"  # keys of config.json itself
+BLOCK_SIZES = (16, 32, 64, 128, 256, 1)  # Seen in formats, for one axis each.
+COMFY = "ComfyUI's "  # Before the format that a note names, as if it were a method.
+EXACT_BLOCKS = ((1, 32), (1, 16), (1, 128))  # May stand beside the blocks that a config names.
+MAX_SLICES = 1024  # Tensor-parallel ranks that a fused weight may have been made for.
 
 
 class Quantization(NamedTuple):
-    """How a weight's codes become values: a key of kernel.FORMATS, the scales, and their grid.
+    """How a weight's codes become values.
 
-    shape is the weight's in elements. scale is None for a weight that is cast as if its scale were
-    1. second holds scales of the scales: a factor, or a divisor where its name ends in
-    global_scale.
+    output: the name of the values; shape: theirs, in elements. scale: None for a weight that is
+    cast as if its scale were 1. grid: which scale belongs to which element, of a matrix in which
+    the weight begins at element `first`. packed_cols: codes that a row of the weight has on disk.
     """
 
-    codes: str
+    row: Format
+    number_format: str
+    output: str
     shape: tuple[int, ...]
     scale: Tensor | None
     grid: Grid
-    second: Tensor | None = None
-
-
-class Step(NamedTuple):
-    """One tensor of an output shard: its name, and bytes [start, stop) of that file.
-
-    They are source's bytes, or its values as BF16 where there is a quantization.
-    """
-
-    name: str
-    start: int
-    stop: int
-    source: Tensor
-    quantization: Quantization | None
+    global_scale: Tensor | None = None
+    first: int = 0
+    packed_cols: int = 0
 
 
 @dataclass(frozen=True)
-class Shard:
-    """An output shard: its name, the bytes before the first tensor, its tensors in file order."""
+class Evidence:
+    """What the files beside the shards say of the quantization.
 
-    name: str
-    header: bytes
-    steps: list[Step]
-
-    @property
-    def size(self) -> int:
-        return self.steps[-1].stop
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that a conversion will do.
-
-    dropped: tensors that do not reach the output; orphans: those of them that are scales of no
-    weight. missing: FP8 weights that have no scale.
+    methods: every quant_method, {""} where there is none. facts: the texts that stand under each
+    key of a quantization config. block_sizes: rows and columns. int4_groups: group sizes of INT4, 0
+    for whole rows. heads: numbers of attention heads. notes: ComfyUI's, a format by module.
     """
 
-    checkpoint: Checkpoint
-    shards: list[Shard]
-    dropped: list[Tensor]
-    orphans: list[Tensor]
-    missing: list[Tensor]
-
-    @property
-    def size(self) -> int:
-        return sum(shard.size for shard in self.shards)
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What a checkpoint says of its quantization beside dtypes and shapes; they only break ties.
-
-    methods: every quant_method; block_sizes: rows and columns; codes: keys of kernel.FORMATS that
-    ComfyUI notes, by module.
-    """
-
-    methods: set[str]
+    methods: frozenset[str]
+    facts: dict[str, set[str]]
     block_sizes: tuple[tuple[int, int], ...]
-    codes: dict[str, str]
+    int4_groups: tuple[int, ...]
+    heads: frozenset[int]
+    notes: dict[str, str]
+
+    def __str__(self) -> str:
+        methods = sorted(self.methods - {""})
+        text = f"quant_method {', '.join(methods)}" if methods else "no quant_method"
+        semantics = sorted(self.facts.get(SEMANTICS, ()))
+        return text + "".join(f", {SEMANTICS} {value}" for value in semantics)
 
 
-def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
-    """Decide what becomes of every tensor.
-
-    missing_scale: what to do with an FP8 weight without a scale: "keep" it as it is, "cast" it with
-    scale 1, or raise an "error". Raises CheckpointError where the rules do not decide. Of the data
-    nothing is read but zero points, orders of groups and ComfyUI's notes.
-    """
-    refuse(checkpoint)
-    tensors, hints = checkpoint.tensors, read_hints(checkpoint)
-    quantizations, consumed = pair(tensors, hints)
-    unknown = tensors.values() if hints.methods and not quantizations else ()
-    if integers := [t for t in unknown if t.dtype in INTEGERS and t.shape[1:]]:
-        raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: names the quant_method "
-                              f"{', '.join(sorted(hints.methods))}, but no weight is in a format "
-                              f"known here, as {integers[0].name} ({integers[0].dtype}); "
-                              "dequantize it with the tool that made it")
-    missing = settle_missing(quantizations, tensors, missing_scale)
-    settled = {*quantizations, *(tensor.name for tensor in missing)}
-    modules = {tensors[name].module: entry for name, entry in quantizations.items()}
-    dropped, orphans, kept = [], [], {name: [] for name in checkpoint.shards}
-    for tensor in tensors.values():
-        if tensor.name in consumed or is_side_tensor(tensor, modules):
-            dropped.append(tensor)
-        elif tensor.name.endswith(ORPHAN_ENDINGS) or tensor.dtype == "F8_E8M0":
-            weight = tensors.get(re.sub("_scales?_inv$", "", tensor.name), tensor)
-            if weight is not tensor and weight.dtype not in FLOATS:
-                what = f"{weight.path}: {weight.name} is {weight.dtype} and has a scale"
-                raise CheckpointError(f"{what}, {tensor.name}: no known format stores them so")
-            orphans.append(tensor)
-        else:
-            kept[tensor.path.name].append(tensor)
-            if (tensor.dtype, None) in CODECS and tensor.name not in settled:
-                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}, but named "
-                                      "like what serves a quantized weight, and there is none")
-    if not any(kept.values()):
-        raise CheckpointError(f"{checkpoint.root}: holds no tensors; give the checkpoint's folder")
-    shards = [plan_shard(name, checkpoint.shards[name], members, quantizations)
-              for name, members in kept.items() if members]
-    return Plan(checkpoint, shards, dropped + orphans, orphans, missing)
-
-
-def settle_missing(quantizations: dict[str, Quantization], tensors: dict[str, Tensor],
-                   missing_scale: str) -> list[Tensor]:
-    """Return the FP8 weights without a scale, and strike out those that are kept as they are."""
-    missing = [tensors[name] for name, entry in quantizations.items() if entry.scale is None]
-    scales = sorted(t.name for t in tensors.values() if "scale" in t.leaf) if missing else []
-    for weight in missing:
-        if missing_scale == "keep":
-            del quantizations[weight.name]
-        elif missing_scale == "error":
-            raise CheckpointError(f"{weight.path}: {weight.name} has no scale, one of "
-                                  f"{len(missing)} weights; --missing-scale keep leaves them FP8, "
-                                  "cast takes their scale as 1")
-        else:
-            name = weight.name
-            for own in name + "_", name + ".", name.removesuffix("weight") + "scales":
-                beside = "".join(scales[(at := bisect_left(scales, own)) : at + 1])
-                if beside.startswith(own):
-                    raise CheckpointError(f"{weight.path}: {weight.name} cannot be cast, for "
-                                          f"{beside} seems to be its scale, of no known format")
-    return missing
-
-
-def refuse(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for what would come out wrong however its scales were applied."""
-    found = [(checkpoint.root / name, "one of the slices that tensor-parallel ranks load")
-             for name in checkpoint.shards if re.fullmatch(r"model\d+-mp\d+\.safetensors", name)]
-    for tensor in checkpoint.tensors.values():
-        match = matches(REFUSED_NAME, f"{tensor.dtype} {tensor.leaf}")
-        if match and all(tensor.name.removesuffix(ending) + other in checkpoint.tensors
-                         for ending, other in REFUSED_WITH.items() if tensor.leaf.endswith(ending)):
-            what = list(REFUSED.values())[match.lastindex - 1]
-            found.append((tensor.path, f"{tensor.name} ({tensor.dtype}) is {what}"))
-    for key, value in quantization_entries(checkpoint.config):
-        if key == "location" and not str(value).startswith("weight_"):
-            what = "transform_config changes activations at run time"
-        elif key == "sparsity_structure" and value not in (None, "dense", "unstructured", "0:0"):
-            what = "sparsity_config has weights stored without their zeros"
-        else:
-            continue
-        found.append((checkpoint.root / CONFIG_NAME, what))
-    for path, problem in found:
-        raise CheckpointError(f"{path}: {problem}; dequantize this checkpoint with the tool that "
-                              "made it")
+@functools.cache  # 100,000 tensors are called one of a few leaves.
+def fully(pattern: re.Pattern, text: str) -> re.Match | None:
+    return pattern.fullmatch(text)
 
 
 def walk(value) -> Iterator[tuple[str, object]]:
@@ -526,17 +560,51 @@ def walk(value) -> Iterator[tuple[str, object]]:
             queue += value
 
 
-def quantization_entries(config: dict | None) -> Iterator[tuple[str, object]]:
-    """Yield every key and value of what a config says of quantization, at any depth."""
-    return walk([value for key, value in walk(config) if key in QUANTIZATION_KEYS])
+def read_evidence(checkpoint: Checkpoint) -> Evidence:
+    """Collect what configs and notes say. Raises CheckpointError for what nobody can undo."""
+    config = checkpoint.config
+    sections = [value for key, value in walk(config) if key in QUANTIZATION_KEYS]
+    params = (checkpoint.params or {}).get("quantization") or {}
+    nvidia = (checkpoint.nvidia_config or {}).get("quantization") or {}
+    facts = {}
+    for key, value in walk([*sections, params, nvidia]):
+        if isinstance(value, str):
+            facts.setdefault(key, set()).add(value)
+        if (problem := contradiction(key, value)):
+            raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: {problem}; dequantize this "
+                                  "checkpoint with the tool that made it")
+    methods = set(facts.get("quant_method", ()))
+    methods |= {"modelopt"} if facts_of(nvidia, "quant_algo") else set()
+    methods |= {"mistral"} if facts_of(params, "qformat_weight") else set()
+    plain = {key: value for key, value in (config or {}).items() if key not in QUANTIZATION_KEYS}
+    methods |= {key for key, value in walk(plain) if key in UNKNOWN_METHODS and value}
+    counts = {key: {v for k, v in walk(config) if k == key and isinstance(v, int)}
+              for key in ("num_attention_heads", "num_key_value_heads", "head_dim")}
+    heads = counts["num_attention_heads"] | counts["num_key_value_heads"]
+    return Evidence(frozenset(methods) or named(""), facts, read_block_sizes(checkpoint, sections),
+                    read_int4_groups(sections), frozenset(heads - counts["head_dim"]),
+                    read_notes(checkpoint))
 
 
-def read_hints(checkpoint: Checkpoint) -> Hints:
-    methods, sizes = set(), []
-    for key, value in quantization_entries(checkpoint.config):
+def contradiction(key: str, value) -> str | None:
+    """Return why weights mean something else than their names and dtypes say, from a config."""
+    if key == "location" and not str(value).startswith("weight_"):
+        return "transform_config changes activations at run time"
+    if key == "sparsity_structure" and value not in (None, "dense", "unstructured", "0:0"):
+        return "sparsity_config has weights stored without their zeros"
+    if key == "swap_weight_nibbles" and value:
+        return "swap_weight_nibbles has the codes of a byte in the other order"
+    return None
+
+
+def facts_of(section, name: str) -> list[str]:
+    return [value for key, value in walk(section) if key == name and isinstance(value, str)]
+
+
+def read_block_sizes(checkpoint: Checkpoint, sections: list) -> tuple[tuple[int, int], ...]:
+    sizes = []
+    for key, value in walk(sections):
         match key, value:
-            case "quant_method", str():
-                methods.add(value)
             case "weight_block_size" | "block_structure", [int(rows), int(cols)]:
                 sizes.append((rows, cols))
             case "block_structure", str() if m := re.fullmatch(r"(\d{1,9})x(\d{1,9})", value):
@@ -547,34 +615,65 @@ def read_hints(checkpoint: Checkpoint) -> Hints:
     if len(sizes) > BLOCK_SIZES_LIMIT:
         raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: names {len(sizes)} block sizes; "
                               f"expected at most {BLOCK_SIZES_LIMIT}")
-    return Hints(methods, sizes, comfy_codes(checkpoint))
+    return sizes
 
 
-def comfy_codes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the number formats that ComfyUI notes, by module: a key of kernel.FORMATS each.
+def read_int4_groups(sections: list) -> tuple[int, ...]:
+    """Return the group sizes of packed integers, none if any of them are not symmetric INT4.
+
+    vllm-project/compressed-tensors: a group of layers may have a format of its own. W8A16 has the
+    same tensors as INT4, and its grids fit the wrong reading, too.
+    """
+    sizes = []
+    for section in sections:
+        groups = section.get("config_groups") if isinstance(section, dict) else None
+        for group in groups.values() if isinstance(groups, dict) else ():
+            weights = group.get("weights") if isinstance(group, dict) else None
+            packing = isinstance(group, dict) and (group.get("format") or section.get("format"))
+            if not isinstance(weights, dict) or packing not in (None, "pack-quantized"):
+                continue
+            match weights:
+                case {"num_bits": 4, "symmetric": True} if weights.get("type", "int") == "int":
+                    sizes.append(weights.get("group_size") or 0)
+                case _:
+                    return ()
+    return tuple(size if isinstance(size, int) and size > 0 else 0 for size in sizes)
+
+
+def read_notes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the formats that ComfyUI notes, by module.
 
     A note is JSON, in a tensor of bytes beside the weight or in the metadata of a shard. Raises
     CheckpointError for formats whose scales are stored in tiles or that need more than a scale.
     """
-    notes, codes = {}, {}
+    notes, formats = {}, {}
+    known = {method.removeprefix(COMFY) for row in FORMATS for method in row.methods
+             if method.startswith(COMFY)}
     try:
         for shard, metadata in checkpoint.shards.items():
             where = checkpoint.root / shard
             layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
             notes |= {module: (where, note) for module, note in layers.items()}
         for tensor in checkpoint.tensors.values():
-            if tensor.name.endswith(".comfy_quant"):
+            if tensor.leaf == "comfy_quant":
                 where = tensor.path
                 notes[tensor.module] = where, json.loads(read_small(tensor))
         for module, (where, note) in notes.items():
-            codes[module] = COMFY_FORMATS.get(str(note["format"]))
-            if codes[module] is None or note.get("convrot"):
+            formats[module] = str(note["format"])
+            if formats[module] not in known or note.get("convrot"):
                 raise CheckpointError(f"{where}: {module} is in ComfyUI's format "
-                                      f"{note['format']}; only {' and '.join(COMFY_FORMATS)} can "
+                                      f"{note['format']}; only {' and '.join(sorted(known))} can "
                                       "be undone with a scale")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: what ComfyUI notes there is not valid") from error
-    return codes
+    return formats
+
+
+def plain_cast(weight: Tensor) -> Quantization:
+    """Return how an FP8 weight is read that has no scale: as if it were 1."""
+    (grid,), _ = find_grids(weight.shape, (), ())
+    return Quantization(PLAIN_CAST, NUMBER_FORMATS[weight.dtype], weight.name, weight.shape, None,
+                        grid, packed_cols=grid.cols)
 
 
 def read_small(tensor: Tensor) -> bytes:
@@ -586,266 +685,647 @@ def read_small(tensor: Tensor) -> bytes:
         return file.read(tensor.stop - tensor.start)
 
 
-def pair(tensors: dict[str, Tensor], hints: Hints) -> tuple[dict[str, Quantization], set[str]]:
-    """Return the quantization of every quantized weight, and the names of all their scales."""
-    quantizations, consumed, outputs = {}, set(), set(tensors)
-    candidates = [t for t in tensors.values() if t.dtype in kernel.WEIGHT_DTYPES]
-    leaves = {tensor.leaf for tensor in tensors.values()}
-    kinds = {kind: [end for end in ends if any(s.endswith(end.split(".")[-1]) for s in leaves)]
-             for kind, ends in SCALE_NAMES.items()}
-    seconds = any(leaf.endswith(("_scale_2", "global_scale")) for leaf in leaves)
-    # What is named like a scale comes last: it is a weight only if no weight has used it.
-    for weight in sorted(candidates, key=lambda t: bool(matches(SCALE_LEAF, t.leaf))):
-        leaf = weight.leaf
-        if (weight.name in consumed or leaf.endswith(ORPHAN_ENDINGS)
-                or matches(SIDE_TENSOR, leaf) or matches(CACHE_SCALE, leaf)):
-            continue
-        scale, *others = find_scales(weight, tensors, hints, kinds) or [None]
-        name = output_name(weight)
-        if scale is None and (weight.dtype, None) not in CODECS:
-            if name != weight.name or (weight.dtype == "U8" and weight.module in hints.codes):
-                raise CheckpointError(f"{weight.path}: {weight.name} ({weight.dtype}) has no scale")
-            continue
-        second = None
-        if scale is not None:
-            if seconds or scale.dtype == "F8_E4M3":
-                second = find_second(weight, scale, tensors)
-            consumed.update(used.name for used in (scale, second, *others) if used)
-        quantizations[weight.name] = quantize(weight, scale, second, hints)
-        if name != weight.name and name in outputs:
-            raise CheckpointError(f"{weight.path}: {weight.name} becomes {name}, which exists too")
-        outputs.add(name)
-    return quantizations, consumed
+# match: each candidate, its row, its scales
 
 
-def output_name(weight: Tensor) -> str:
-    leaf = weight.leaf
-    return weight.name.removesuffix(leaf) + "weight" if matches(RENAMED, leaf) else weight.name
+@functools.cache  # Thousands of weights share a few names.
+def rows_for(dtype: str, tail: str) -> list[tuple[Format, str]]:
+    """Return the rows that store a tensor of this dtype under a name that ends so, with the stem."""
+    found = []
+    for row in FORMATS:
+        pattern = row.weight.replace("{}", r"(?P<stem>[^.]+)")
+        if dtype in row.containers and (match := re.fullmatch(pattern, tail, re.DOTALL)):
+            found.append((row, match.groupdict().get("stem", "weight")))
+    return found
 
 
-def find_scales(weight: Tensor, tensors: dict[str, Tensor], hints: Hints,
-                kinds: dict[re.Pattern, list[str]]) -> list[Tensor]:
-    """Return the scale of a weight, then other scales of it that another loader would take.
-
-    kinds: of SCALE_NAMES the endings that the checkpoint has at all.
-    """
-    for pattern, endings in kinds.items():
-        match = pattern.fullmatch(weight.name)
-        names = [match[1] + ending for ending in endings] if match else []
-        found = [tensors[name] for name in names if name in tensors]
-        if len(found) > 1:
-            read = tuple(end for method, end in SCALE_OF_METHOD.items() if method in hints.methods)
-            meant = [scale for scale in found if scale.name.endswith(read)]
-            if len(meant) != 1:
-                raise CheckpointError(f"{weight.path}: {weight.name} has two scales, "
-                                      f"{' and '.join(scale.name for scale in found)}, and "
-                                      f"{CONFIG_NAME} names no quant_method that decides; remove "
-                                      "the one that is not meant")
-            # a bare `scale` may be a parameter after all
-            others = [scale for scale in found if scale not in meant]
-            return meant + [scale for scale in others if "weight" in scale.leaf]
-        if found:
-            return found
-    return []
+def counts(row: Format, evidence: Evidence, module: str) -> bool:
+    """Return whether the configs let a row count for a weight of a module."""
+    methods = evidence.methods | {COMFY + evidence.notes.get(module, "")}
+    if evidence.facts.get(SEMANTICS, set()) != dict(row.requires).get(SEMANTICS, set()):
+        return False
+    return (
+        (row.containers <= F8 or not row.methods.isdisjoint(methods))
+        and all(not evidence.facts.get(key, set()).isdisjoint(values)
+                for key, values in row.requires)
+        and all(evidence.facts.get(key, set()) <= values for key, values in row.accepts)
+    )
 
 
-def find_second(weight: Tensor, scale: Tensor, tensors: dict[str, Tensor]) -> Tensor | None:
-    """Return the scale of an NVFP4 weight's scales: ModelOpt's factor or the other's divisor."""
-    names, wanted = {scale.name + "_2", weight.name + "_scale_2"}, scale.dtype == "F8_E4M3"
-    if wanted:
-        names.add(re.sub("scale(_inv)?$", "global_scale", scale.name))
-    found = [tensors[name] for name in names if name in tensors]
-    if not wanted and not found:
+def find_quantization(weight: Tensor, checkpoint: Checkpoint,
+                      evidence: Evidence) -> tuple[Quantization, list[Tensor]] | None:
+    """Return how a tensor is quantized and what rivals its scale has, None if it matches no row."""
+    tensors, found = checkpoint.tensors, {}
+    head, tail = weight.name.removesuffix(weight.leaf), weight.leaf
+    for _ in range(3 if weight.dtype in F8 else 1):
+        for row, stem in rows_for(weight.dtype, tail):
+            scale = tensors.get(head + row.scale.replace("{}", stem))
+            if scale is None or scale.dtype not in row.scale_dtypes or scale.name in found:
+                continue
+            factor = tensors.get(head + row.global_scale.replace("{}", stem))
+            fits = not row.global_scale or (factor is not None and factor.dtype in FLOATS)
+            if fits and counts(row, evidence, weight.module):
+                found[scale.name] = row, stem, scale, factor if row.global_scale else None
+        if found or not head:
+            break
+        above, dot, last = head[:-1].rpartition(".")
+        head, tail = above + dot, f"{last}.{tail}"
+    if len(found) > 1:
+        meant = [name for name, (row, *_) in found.items() if row.methods & evidence.methods]
+        if len(meant) != 1:
+            raise CheckpointError(f"{weight.path}: {weight.name} has two scales, "
+                                  f"{' and '.join(found)}, and {CONFIG_NAME} names no quant_method "
+                                  "that decides; remove the one that is not meant")
+        found = {meant[0]: found.pop(meant[0]), **found}
+    if not found:
         return None
-    if not wanted or len(found) != 1 or found[0].dtype not in FLOATS:
-        raise CheckpointError(f"{scale.path}: {weight.name} is {weight.dtype}, its scale "
-                              f"{scale.name} {scale.dtype}, with {len(found)} second scales; "
-                              "expected one of float for NVFP4, none for others")
-    return found[0]
+    (row, stem, scale, factor), *rivals = found.values()
+    rivals = [rival for _, _, rival, _ in rivals if "weight" in rival.leaf]
+    return quantize(weight, row, head, stem, scale, factor, checkpoint, evidence), rivals
 
 
-def quantize(weight: Tensor, scale: Tensor | None, second: Tensor | None,
-             hints: Hints) -> Quantization:
-    """Decide codec and grid of a weight. Raises CheckpointError where dtypes or shapes fit none."""
-    codec = CODECS.get((weight.dtype, scale.dtype if scale else None))
-    if codec is None:
-        raise CheckpointError(f"{scale.path}: {scale.name} is {scale.dtype}, its weight "
-                              f"{weight.name} is {weight.dtype}: no known format stores them so")
-    codes, group = codec
+def quantize(weight: Tensor, row: Format, head: str, stem: str, scale: Tensor | None,
+             factor: Tensor | None, checkpoint: Checkpoint, evidence: Evidence) -> Quantization:
+    """Decide shape and grid of a weight. Raises CheckpointError where none or two grids fit."""
+    number_format = row.number_format or NUMBER_FORMATS[weight.dtype]
+    per_byte = kernel.FORMATS[number_format].codes_per_byte
     shape = weight.shape
-    if codes == "E2M1" and weight.dtype != "F4":
-        shape = (*shape[:-1], 2 * math.prod(shape[-1:]))
-    elif weight.dtype == "U8":
-        codes = hints.codes.get(weight.module, codes)
-    # Llama 4's experts are stored transposed, but for the scales of one kind
-    transposed = "fbgemm_fp8" in hints.methods and weight.name.endswith("down_proj")
-    fused, scale_shape = "qkv_proj" in weight.name, scale.shape if scale else ()
-    if group is None:
-        grids = kernel.find_grids(shape, scale_shape, hints.block_sizes, transposed, fused)
-    elif scale_shape == (*shape[:-1], -(-shape[-1] // group)):
-        grids = kernel.find_grids(shape, scale_shape, ((1, group),))
+    if per_byte == 2 and weight.dtype != "F4":
+        shape = (*shape[:-1], 2 * CODE_BYTES[weight.dtype] * math.prod(shape[-1:]))
+    packed_cols = math.prod(shape[-1:])
+    if row.number_format == "UINT4B8":
+        shape = read_shape(weight, checkpoint.tensors.get(f"{head}{stem}_shape"), packed_cols)
+    matrix, first = place_in_stack(weight, scale) if row.stacked else (shape, 0)
+    scale_shape, problem = scale.shape if scale else (), ""
+    groups = evidence.int4_groups if row.number_format == "UINT4B8" else row.groups
+    if groups or row.number_format == "UINT4B8":
+        grids = find_group_grids(shape, scale_shape, groups, exact=not row.groups)
     else:
-        grids = []
-    experts = grids[0].rows // grids[0].part if grids else 0
+        grids, problem = find_grids(matrix, scale_shape, evidence.block_sizes, row.transposed,
+                                    "qkv_proj" in weight.name)
+    if row.whole_rows:
+        grids = [grid for grid in grids if grid.block_cols >= grid.cols]
+    experts = grids[0].rows // grids[0].slab_rows if grids else 0
     if (
         len(grids) != 1
-        or (second and math.prod(second.shape) not in (1, experts))
-        or (codes == "E2M1" and shape[-1] % 2)
+        or (factor and not fits_stack(factor.shape, experts, shape))
+        or (per_byte == 2 and packed_cols % 2)
     ):
         named = f"its scale {scale.name} is {list(scale.shape)}" if scale else "it has no scale"
-        raise CheckpointError(f"{weight.path}: {weight.name} is {list(shape)} ({codes}), {named}: "
-                              f"{'two grids fit' if len(grids) > 1 else 'no block size fits'}; "
-                              "expected one scale per tensor, expert, row, column or block")
-    return Quantization(codes, shape, scale, grids[0], second)
+        named += f", its global scale {factor.name} {list(factor.shape)}" if factor else ""
+        raise CheckpointError(f"{weight.path}: {weight.name} is {list(shape)} ({number_format}, "
+                              f"{evidence}), {named}: "
+                              f"{'two grids fit' if len(grids) > 1 else 'no block size fits'}"
+                              f"{problem}; expected one scale per tensor, expert, row, column or "
+                              "block")
+    output = head + stem if "{}" in row.weight else weight.name
+    if output == head + "weight" != weight.name and head.endswith("_weight."):
+        output = head[:-1]  # A parameter that was wrapped in a module of its name (Inkling).
+    if row.number_format != "UINT4B8":  # whose rows fill whole int32
+        packed_cols = grids[0].cols
+    return Quantization(row, number_format, output, shape, scale, grids[0], factor, first,
+                        packed_cols)
 
 
-def is_side_tensor(tensor: Tensor, modules: dict[str, Quantization]) -> bool:
-    """Return whether a tensor only serves quantization in a module whose weight becomes BF16."""
-    match = matches(SIDE_TENSOR, tensor.leaf) if tensor.module in modules else None
-    if match and match["zero_point"] and any(read_small(tensor)):
+def read_shape(weight: Tensor, stored: Tensor | None, packed_cols: int) -> tuple[int, ...]:
+    """Return the shape of a weight whose rows fill whole int32, which is stored beside it."""
+    kind = {"I32": "i", "I64": "q"}.get(stored.dtype) if stored else None
+    if kind is None:
+        raise CheckpointError(f"{weight.path}: {weight.name} has no weight_shape beside it")
+    shape = (*memoryview(read_small(stored)).cast(kind),)
+    if shape[:-1] != weight.shape[:-1] or not packed_cols - 8 < shape[-1] <= packed_cols:
+        raise CheckpointError(f"{stored.path}: {stored.name} says {list(shape)}, but {weight.name} "
+                              f"is {list(weight.shape)}, eight codes in each")
+    return shape
+
+
+def place_in_stack(weight: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]:
+    """Return the shape of the stack whose scales these are, and where in it the weight begins."""
+    expert, projection, _ = weight.name.split(".")[-3:]
+    parts = 1 if projection in ("down_proj", "w2") else 2
+    experts, (rows, cols) = (*scale.shape, 0)[0], (*weight.shape, 0, 0)[:2]
+    if int(expert) >= experts or len(weight.shape) != 2:
+        raise CheckpointError(f"{weight.path}: {weight.name} is {list(weight.shape)}, and "
+                              f"{scale.name} {list(scale.shape)} has no scales for it")
+    first_row = (parts * int(expert) + (projection in ("up_proj", "w3"))) * rows
+    return (experts, parts * rows, cols), first_row * cols
+
+
+def fits_stack(shape: tuple[int, ...], experts: int, weight_shape: tuple[int, ...]) -> bool:
+    """Return whether global scales are one, one per expert, or one per half of an expert's rows."""
+    halves = len(weight_shape) == 3 and not weight_shape[1] % 2
+    return math.prod(shape) in (1, experts) or (halves and shape == (experts, 2))
+
+
+def find_group_grids(shape: tuple[int, ...], scale_shape: tuple[int, ...], groups: tuple[int, ...],
+                     exact: bool) -> list[Grid]:
+    """Return the grids of groups of columns, 0 for whole rows, that give the scales' shape."""
+    *stack, rows, cols = (1, 1, *shape)
+    experts, grids = math.prod(stack), []
+    for group in dict.fromkeys(group or cols for group in groups):
+        if scale_shape == (*shape[:-1], ceil_div(cols, group)) and not (exact and cols % group):
+            grids.append(Grid(experts * rows, cols, 1, group, slab_rows=max(1, rows)))
+    return grids
+
+
+@functools.cache  # Thousands of experts have the same shapes.
+def find_grids(
+    weight_shape: tuple[int, ...],
+    scale_shape: tuple[int, ...],
+    block_sizes: tuple[tuple[int, int], ...],
+    transposed: bool = False,
+    fused: bool = False,
+) -> tuple[list[Grid], str]:
+    """Return the grids by which scales of one shape may cover a weight of another; one is right.
+
+    A weight is E experts of N rows and K columns; a matrix has E = 1. The first match counts: one
+    scale for all; per expert, per row or per column; one of block_sizes; a block size out of
+    BLOCK_SIZES on each axis. It is never computed from the shapes: 192 rows over 2 rows of scales
+    are blocks of 128, the second cut off, not blocks of 96. Per-row scales of a `transposed` weight
+    belong to its columns. The rows of a `fused` weight may consist of equal parts, one of each
+    tensor-parallel rank, in which blocks start anew. Where block_sizes are given and none fits, the
+    scales contradict the config unless they are those of EXACT_BLOCKS. The second result says so.
+    """
+    if len(weight_shape) > 3:  # a convolution: its scales are per tensor or per row
+        weight_shape = (weight_shape[0], math.prod(weight_shape[1:]))
+    E, N, K = (1, 1, 1, *weight_shape)[-3:]
+    if math.prod(scale_shape) == 1 or not E * N * K:
+        return [Grid(E * N, K, max(E * N, 1), max(K, 1), slab_rows=max(E * N, 1))], ""
+    scale = squeezed(scale_shape, E)
+    row, column, expert = (1, K), (N, 1), (N, K)
+    shapes = [((N,), row), ((N, 1), row), ((1, K), column)]
+    if E > 1:
+        shapes = [((E,), expert), ((E, 1), expert), ((E, 1, 1), expert)]
+        shapes += [((E, N), row), ((E, N, 1), row), ((E, K), column), ((E, 1, K), column)]
+        if transposed:
+            shapes = [((E, K, 1), column)]
+    if blocks := {block for shape, block in shapes if shape == scale}:
+        return [Grid(E * N, K, *block, slab_rows=N) for block in blocks], ""
+    if E > 1:
+        scale = scale[1:] if len(scale) == 3 and scale[0] == E else ()
+    elif len(scale) == 1:  # a flattened grid of row groups, as auto-round writes it
+        scale = (N, scale[0] // N) if not scale[0] % N else ()
+    if blocks := fitting_blocks(block_sizes, N, K, scale):
+        return [Grid(E * N, K, *block, slab_rows=N) for block in blocks], ""
+    if fused and E == 1 and (grids := find_sliced_grids(N, K, scale, block_sizes or ((128, 128),))):
+        return grids, ""
+    sizes = itertools.product(BLOCK_SIZES, BLOCK_SIZES)
+    problem = ""
+    if block_sizes:
+        sizes = [(rows, cols) for rows, cols in EXACT_BLOCKS if not K % cols]
+        rows, cols = block_sizes[0]
+        problem = (f"; the config names blocks of {rows}x{cols}, which need "
+                   f"{[ceil_div(N, rows), ceil_div(K, cols)]}")
+    blocks = fitting_blocks(sizes, N, K, scale)
+    if not blocks and fitting_blocks([*block_sizes, (128, 128)], K, N, scale):
+        problem += "; they fit the transposed weight"
+    return [Grid(E * N, K, *block, slab_rows=N) for block in blocks], problem
+
+
+def squeezed(shape: tuple[int, ...], experts: int) -> tuple[int, ...]:
+    """Return the shape of scales without the axes of length 1 that writers add."""
+    if len(shape) in (4, 5) and shape[-3] == shape[-1] == 1:  # ModelOpt: [n, 1, k, 1]
+        shape = (*shape[:-3], shape[-2])
+    while len(shape) > 1 and shape[0] == 1 and len(shape) > (3 if experts > 1 else 2):
+        shape = shape[1:]
+    if experts == 1 and len(shape) == 3 and shape[-1] == 1:  # musubi-tuner: [rows, blocks, 1]
+        shape = shape[:-1]
+    return shape
+
+
+def fitting_blocks(sizes: Iterable[tuple[int, int]], N: int, K: int,
+                   scale: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return the block sizes that give a grid, but one of those that differ beyond the edge only."""
+    blocks = {}
+    for rows, cols in sizes:
+        if (ceil_div(N, rows), ceil_div(K, cols)) == scale:
+            blocks.setdefault((min(rows, N), min(cols, K)), (rows, cols))
+    return [*blocks.values()]
+
+
+def find_sliced_grids(N: int, K: int, scale: tuple[int, ...],
+                      block_sizes: tuple[tuple[int, int], ...]) -> list[Grid]:
+    """Return the grids of a weight that was quantized in equal slices of rows (MiMo's qkv_proj)."""
+    return [
+        Grid(N, K, rows, cols, slab_rows=N // slices)
+        for rows, cols in dict.fromkeys(block_sizes)
+        for slices in range(2, min(N, MAX_SLICES) + 1)
+        if not N % slices
+        and (slices * ceil_div(N // slices, rows), ceil_div(K, cols)) == scale
+    ]
+
+
+# account: every tensor of a module whose weight is converted is known
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the tensors of a checkpoint are, by the table of formats.
+
+    weights: by the name of their codes. dropped: what does not reach the output; orphans: those of
+    them that are scales of no weight. missing: FP8 weights that have no scale.
+    """
+
+    weights: dict[str, Quantization]
+    dropped: dict[str, Tensor]
+    orphans: list[Tensor]
+    missing: list[Tensor]
+
+
+def read_formats(checkpoint: Checkpoint) -> Reading:
+    """Recognize every quantized weight. Raises CheckpointError where anything is not known.
+
+    Of the data nothing is read but zero points, orders of groups, shapes of INT4 weights and
+    ComfyUI's notes.
+    """
+    for name in checkpoint.shards:
+        if re.fullmatch(r"model(\d+-mp\d+|-rank-\d+-part-\d+)\.safetensors", name):
+            raise CheckpointError(f"{checkpoint.root / name}: one of the slices that "
+                                  "tensor-parallel ranks load; convert the checkpoint that they "
+                                  "were cut from")
+    tensors, evidence = checkpoint.tensors, read_evidence(checkpoint)
+    weights, dropped = match(checkpoint, evidence)
+    modules = {}
+    for tensor in tensors.values():
+        modules.setdefault(tensor.module, []).append(tensor)
+    drop_cache_scales(tensors, modules, evidence, dropped)
+    for name, quantization in weights.items():
+        account(tensors[name], quantization, modules, weights, dropped)
+    outputs = set(tensors)
+    for name, quantization in weights.items():
+        if quantization.output != name and quantization.output in outputs:
+            raise CheckpointError(f"{tensors[name].path}: {name} becomes {quantization.output}, "
+                                  "which exists too")
+        outputs.add(quantization.output)
+    missing, orphans = judge_rest(checkpoint, evidence, modules, weights, dropped)
+    dropped |= {tensor.name: tensor for tensor in orphans}
+    return Reading(weights, dropped, orphans, missing)
+
+
+def match(checkpoint: Checkpoint,
+          evidence: Evidence) -> tuple[dict[str, Quantization], dict[str, Tensor]]:
+    """Return the weights that match a row, by name, and all their scales."""
+    weights, scales = {}, {}
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in CONTAINERS:
+            found = find_quantization(tensor, checkpoint, evidence)
+            if found:
+                weights[tensor.name], rivals = found
+                used = weights[tensor.name].scale, weights[tensor.name].global_scale, *rivals
+                scales.update((scale.name, scale) for scale in used if scale)
+    for name in weights.keys() & scales.keys():
+        raise CheckpointError(f"{scales[name].path}: {name} is the scale of a weight and has a "
+                              "scale itself; no known format stores them so")
+    return weights, scales
+
+
+def drop_cache_scales(tensors: dict[str, Tensor], modules: dict[str, list[Tensor]],
+                      evidence: Evidence, dropped: dict[str, Tensor]) -> None:
+    """Drop what serves a quantized key-value cache: one scale, or one for each head.
+
+    A parameter may be called so, too (lucidrains/local-attention has a q_scale as long as a head).
+    """
+    offsets = []
+    for tensor in tensors.values():
+        if fully(CACHE_SCALE, tensor.leaf):
+            count = math.prod(tensor.shape)
+            if count in ({0, 1, 2} if tensor.leaf == "scaled_fp8" else {1} | evidence.heads):
+                dropped[tensor.name] = tensor
+        elif tensor.leaf in CACHE_OFFSET or fully(ATTENTION_ZERO, tensor.leaf):
+            offsets.append(tensor)
+    for tensor in offsets:
+        if tensor.leaf in CACHE_OFFSET:
+            beside = {other.leaf for other in modules[tensor.module] if other.name in dropped}
+            if CACHE_OFFSET[tensor.leaf] in beside:
+                dropped[tensor.name] = tensor
+        else:
+            require_zero(tensor, bytes(1))
+            dropped[tensor.name] = tensor
+
+
+def account(weight: Tensor, quantization: Quantization, modules: dict[str, list[Tensor]],
+            weights: dict[str, Quantization], dropped: dict[str, Tensor]) -> None:
+    """Drop the side tensors of a weight. Raises CheckpointError for what would have to be applied.
+
+    In a module that is the weight's own everything counts; beside a weight that stands for a
+    parameter of a larger module, what its name begins and an ending of quantization ends.
+    """
+    stem = quantization.output.removeprefix(weight.module).removeprefix(".")
+    own = weight.leaf in ("weight", "weight_packed", "_weight_qdata")
+    stem = "weight" if own else stem
+    sides = side_names(quantization.row, stem)
+    beside = [(other, other.leaf) for other in modules[weight.module]]
+    for inner in dict.fromkeys((weight.name, quantization.output)):
+        beside += [(other, f"{inner[len(weight.module) :].lstrip('.')}.{other.leaf}")
+                   for other in modules.get(inner, ()) if inner != weight.module]
+    for other, place in beside:
+        if other.name in dropped or other.name in weights:
+            continue
+        if place in sides:
+            check_side(other, quantization)
+            dropped[other.name] = other
+        elif other.leaf in PARAMETERS or place == f"{stem}_bias":
+            continue
+        elif own or is_continued(place, stem):
+            raise CheckpointError(f"{other.path}: {other.name} stands beside {weight.name} "
+                                  f"({quantization.row.title}), and no known format has it; it "
+                                  "would have to be applied; dequantize this checkpoint with the "
+                                  "tool that made it")
+
+
+@functools.cache
+def side_names(row: Format, stem: str) -> frozenset[str]:
+    """Return what the side tensors of a row are called beside a weight with this stem."""
+    prefixes = {stem.removesuffix("weight") if stem.endswith("weight") else f"{stem}_"}
+    prefixes |= {f"{stem}_"} if stem != "weight" else set()
+    own = {side.replace("{}", stem) for side in row.sides if "{}" in side}
+    own |= {prefix + side for prefix in prefixes for side in row.sides if "{}" not in side}
+    return frozenset(own | {f"_{side}" for side in own})  # torchao begins its names so
+
+
+def is_continued(name: str, stem: str) -> bool:
+    """Return whether a name is a stem with an ending of quantization, as `up_proj_zero_point`."""
+    name = name.removeprefix("_")
+    rest = name[len(stem) + 1 :]
+    return name.startswith((stem + "_", stem + ".")) and bool(fully(QUANTIZATION_ENDING, rest))
+
+
+def check_side(side: Tensor, quantization: Quantization) -> None:
+    """Raise CheckpointError for zero points that are not zero and groups that are not in order."""
+    if side.leaf.endswith(("zero_point", "_zp")):
+        packed = quantization.number_format == "UINT4B8" and side.dtype == "I32"
+        require_zero(side, b"\x88" if packed else b"\0")  # packed as the codes are: 8 is zero
+    elif side.leaf.endswith("g_idx"):
+        kind = {"I32": "i", "I64": "q"}.get(side.dtype)
+        groups = [*memoryview(read_small(side)).cast(kind)] if kind else [1, 0]
+        in_order = [col // quantization.grid.block_cols for col in range(len(groups))]
+        if groups not in (in_order, [-1] * len(groups)):
+            raise CheckpointError(f"{side.path}: {side.name} reorders the groups of columns; that "
+                                  "is not supported")
+
+
+def require_zero(tensor: Tensor, zero: bytes) -> None:
+    if read_small(tensor).strip(zero):
         raise CheckpointError(f"{tensor.path}: {tensor.name} is not all zero; asymmetric formats "
                               "are not supported")
-    if match and match["order"]:
-        kind = {"I32": "i", "I64": "q"}.get(tensor.dtype)
-        groups = [*memoryview(read_small(tensor)).cast(kind)] if kind else [1, 0]
-        in_order = [col // modules[tensor.module].grid.block_cols for col in range(len(groups))]
-        if groups not in (in_order, [-1] * len(groups)):
-            raise CheckpointError(f"{tensor.path}: {tensor.name} reorders the groups of columns; "
-                                  "that is not supported")
-    return bool(match or matches(CACHE_SCALE, tensor.leaf))
+
+
+def judge_rest(checkpoint: Checkpoint, evidence: Evidence, modules: dict[str, list[Tensor]],
+               weights: dict[str, Quantization],
+               dropped: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return FP8 weights without a scale and scales without a weight among what matched no row.
+
+    Raises CheckpointError for whatever else looks quantized: it would be left half converted.
+    """
+    rest = [tensor for name, tensor in checkpoint.tensors.items()
+            if name not in weights and name not in dropped]
+    rest.sort(key=lambda tensor: is_scale(tensor.leaf))  # An error is to name the weight.
+    names = sorted(checkpoint.tensors)
+    missing, orphans = [], []
+    strange = evidence.methods - {"fp8", ""}
+    for tensor in rest:
+        codes = tensor.dtype in F8 or (tensor.dtype in INTEGERS and len(tensor.shape) > 1)
+        partner = find_partner(tensor, names, modules, dropped) if codes else None
+        named_so = tensor.dtype in ("I8", "U8", "I32", "U32") and fully(CODES_NAME, tensor.leaf)
+        unknown = tensor.dtype in INTEGERS and not weights
+        noted = tensor.dtype == "U8" and tensor.module in evidence.notes
+        if partner or (codes and (noted or (strange and (named_so or unknown)))):
+            beside = f", beside {partner}" if partner else ""
+            raise CheckpointError(f"{tensor.path}: {tensor.name} ({tensor.dtype}{beside}) looks "
+                                  f"quantized, in no format known here ({evidence}); only the "
+                                  "config could tell what such bytes mean; dequantize this "
+                                  "checkpoint with the tool that made it")
+        if tensor.dtype in STRANGE_DTYPES:
+            raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}, "
+                                  f"{STRANGE_DTYPES[tensor.dtype]}, in no format known here "
+                                  f"({evidence}); dequantize this checkpoint with the tool that "
+                                  "made it")
+        if tensor.dtype in F8:
+            if tensor.leaf in ALL_SIDES:
+                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}, but named "
+                                      "like what serves a quantized weight, and there is none")
+            missing.append(tensor)
+    without = sorted(tensor.name for tensor in missing)
+    for tensor in rest:
+        if tensor.dtype in F8 or not fully(ORPHAN_LEAF, tensor.leaf):
+            continue
+        inside = tensor.module + "."
+        at = bisect_left(without, inside)
+        if tensor.module and at < len(without) and without[at].startswith(inside):
+            raise CheckpointError(f"{tensor.path}: {tensor.name} is a scale of no weight, while "
+                                  f"{without[at]} is FP8 and has none; no known format stores them "
+                                  "so; dequantize this checkpoint with the tool that made it")
+        if tensor.leaf.endswith(DROPPED_ORPHANS):
+            orphans.append(tensor)
+    return missing, orphans
+
+
+def find_partner(weight: Tensor, names: list[str], modules: dict[str, list[Tensor]],
+                 dropped: dict[str, Tensor]) -> str | None:
+    """Return a tensor that is named like the scale of a weight, by whatever convention.
+
+    That is one whose name goes on where the weight's ends, or the module's, in words of which all
+    are about scales: a bare `scale` in a longer name is not enough (`scale_shift_table`).
+    """
+    stem = weight.leaf
+    if ending := re.fullmatch(r"(.*?)" + CODES_ENDING.pattern, stem, re.DOTALL):
+        stem = ending[1]
+    for other in modules[weight.module]:
+        rest = other.leaf.removeprefix(stem) if stem else other.leaf
+        if other is weight or other.name in dropped:
+            continue
+        if is_scale(other.leaf) or (rest != other.leaf and is_scale(rest)):
+            return other.name
+    for separator in "_.":
+        start = weight.name + separator
+        for at in range(bisect_left(names, start), len(names)):
+            if not names[at].startswith(start):
+                break
+            if is_scale(names[at].removeprefix(start)):
+                return names[at]
+    return None
+
+
+@functools.cache
+def is_scale(text: str) -> bool:
+    words = re.split(r"[._]+", text.lower().strip("._"))
+    words = {word.rstrip("0123456789") or "2" for word in words}
+    return not words.isdisjoint(SCALE_WORDS) and words <= SCALE_WORDS | OTHER_WORDS | {"2"}
+
+
+# --- plan: what every byte of the output will be ---
+
+# The order in which safetensors' own writer lays out tensors: larger elements first, so that every
+# tensor is aligned to its element size. Within a dtype they stand by name.
+DTYPE_NAMES = (
+    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 "
+    "I8 U8 F6_E3M2 F6_E2M3 F4 BOOL"
+)
+DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_NAMES.split())}
+DATA_ALIGNMENT = 64  # Bytes: GPUs load 16 at once where all tensors start at a multiple of that.
+FINGERPRINT_KEY = "fp8_cast_bf16"
+NO_FINGERPRINT = "0" * 16  # Stands in a planned header until the shard is written.
+MISSING_SCALE = ["keep", "cast", "error"]
+
+
+class Step(NamedTuple):
+    """One tensor of an output shard: source's bytes, or its values where it has a quantization."""
+
+    output: Tensor
+    source: Tensor
+    quantization: Quantization | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An output shard: its name, the bytes before the first tensor, its tensors in file order."""
+
+    name: str
+    header: bytes
+    steps: list[Step]
+
+    @property
+    def size(self) -> int:
+        return self.steps[-1].output.stop
+
+    def sealed(self, fingerprint: str) -> bytes:
+        """Return the header with a fingerprint."""
+        key = f'"{FINGERPRINT_KEY}":"'
+        return self.header.replace(f"{key}{NO_FINGERPRINT}".encode(), f"{key}{fingerprint}".encode())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a conversion will do: the shards to write, and what the input's tensors are."""
+
+    checkpoint: Checkpoint
+    shards: list[Shard]
+    reading: Reading
+    missing_scale: str
+
+    @property
+    def steps(self) -> Iterator[Step]:
+        return (step for shard in self.shards for step in shard.steps)
+
+    @property
+    def size(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+
+def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
+    """Decide what becomes of every tensor.
+
+    missing_scale: what to do with an FP8 weight without a scale: "keep" it as it is, "cast" it with
+    scale 1, or raise an "error". Raises CheckpointError where the rules do not decide.
+    """
+    reading = read_formats(checkpoint)
+    weights, missing = dict(reading.weights), reading.missing
+    if missing and missing_scale == "error":
+        raise CheckpointError(f"{missing[0].path}: {missing[0].name} has no scale, one of "
+                              f"{len(missing)} weights; --missing-scale keep leaves them FP8, "
+                              "cast takes their scale as 1")
+    if missing_scale == "cast":
+        weights |= {weight.name: plain_cast(weight) for weight in missing}
+    kept = {name: [] for name in checkpoint.shards}
+    for tensor in checkpoint.tensors.values():
+        if tensor.name not in reading.dropped:
+            kept[tensor.path.name].append(tensor)
+    if not any(kept.values()):
+        raise CheckpointError(f"{checkpoint.root}: holds no tensors; give the checkpoint's folder")
+    shards = [plan_shard(name, checkpoint.shards[name], members, weights)
+              for name, members in kept.items() if members]
+    return Plan(checkpoint, shards, reading, missing_scale)
 
 
 def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
-               quantizations: dict[str, Quantization]) -> Shard:
-    """Lay out an output shard as safetensors.torch.save_file would, byte for byte."""
-    outputs = []
+               weights: dict[str, Quantization]) -> Shard:
+    """Lay out an output shard in the order in which safetensors.torch.save_file would."""
+    steps = []
     for tensor in tensors:
-        output = tensor.dtype, tensor.name, tensor.shape, tensor.stop - tensor.start, tensor, None
-        if quantization := quantizations.get(tensor.name):
-            shape = quantization.shape
-            size = 2 * math.prod(shape)
-            output = "BF16", output_name(tensor), shape, size, tensor, quantization
-        outputs.append(output)
-    outputs.sort(key=lambda output: (DTYPE_ORDER[output[0]], output[1]))
-    metadata = {key: text for key, text in metadata.items() if key not in QUANTIZATION_KEYS}
-    header = {"__metadata__": dict(sorted({**metadata, "format": "pt"}.items()))}
-    offsets = list(itertools.accumulate((output[3] for output in outputs), initial=0))
-    for (dtype, tensor_name, shape, *_), span in zip(outputs, pairwise(offsets), strict=True):
-        header[tensor_name] = {"dtype": dtype, "shape": shape, "data_offsets": span}
+        quantization, size = weights.get(tensor.name), tensor.stop - tensor.start
+        output = tensor._replace(path=Path(name), start=0, stop=size)
+        if quantization:
+            module, _, leaf = quantization.output.rpartition(".")
+            output = Tensor(quantization.output, module, leaf, "BF16", quantization.shape,
+                            Path(name), 0, 2 * math.prod(quantization.shape))
+        steps.append(Step(output, tensor, quantization))
+    steps.sort(key=lambda step: (DTYPE_ORDER[step.output.dtype], step.output.name))
+    offsets = [*itertools.accumulate((step.output.stop for step in steps), initial=0)]
+    own = {"format": "pt", FINGERPRINT_KEY: NO_FINGERPRINT}
+    header = {"__metadata__": dict(sorted({**plain_metadata(metadata), **own}.items()))}
+    for step, place in zip(steps, pairwise(offsets), strict=True):
+        header[step.output.name] = {"dtype": step.output.dtype, "shape": step.output.shape,
+                                    "data_offsets": place}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    longest = max((size for output in outputs for size in output[2]), default=0)
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    longest = max((size for step in steps for size in step.output.shape), default=0)
     if len(text) > HEADER_LIMIT or longest >= 1 << 63:
         raise CheckpointError(f"{tensors[0].path}: its header or a tensor would be longer in BF16 "
                               "than safetensors allows")
     text = len(text).to_bytes(8, "little") + text
-    steps = [Step(output[1], len(text) + start, len(text) + stop, *output[4:])
-             for output, (start, stop) in zip(outputs, pairwise(offsets), strict=True)]
-    return Shard(name, text, steps)
+    return Shard(name, text, [
+        step._replace(output=step.output._replace(start=len(text) + start, stop=len(text) + stop))
+        for step, (start, stop) in zip(steps, pairwise(offsets), strict=True)
+    ])
 
 
-# --- job: the ranks that share the work, of which there is one without torchrun ---
+def plain_metadata(metadata: dict[str, str]) -> dict[str, str]:
+    """Return a shard's metadata without what only a reader of quantized tensors needs.
 
-
-class Job:
-    """The ranks that torchrun has started, and the store of the launcher through which they speak.
-
-    A process of its own is rank 0 of 1, and counts by itself.
+    pytorch/ao prototype/safetensors describes each tensor by JSON with a _type.
     """
+    return {key: text for key, text in metadata.items()
+            if key not in [*QUANTIZATION_KEYS, "tensor_names"] and '"_type"' not in text}
 
-    def __init__(self):
-        self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
-        self.lock, self.counts, self.store = threading.Lock(), Counter(), None
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_torchelastic_launched():
-            store, self.rank, self.size = next(iter(distributed.rendezvous("env://")))
-            self.local_rank = int(os.environ["LOCAL_RANK"])
-            self.local_size = int(os.environ["LOCAL_WORLD_SIZE"])
-            self.store = distributed.PrefixStore(self.meet(store), store)
 
-    def meet(self, store) -> str:
-        """Return a new name that all ranks agree upon.
+class Ranks(NamedTuple):
+    """Which of several processes this is, in all and on this machine. By itself it is one of one."""
 
-        After a restart the launcher's store may still hold what earlier ranks have left there: old
-        counts would make a shard look whole. So each rank says a word of its own, and goes by the
-        name that rank 0 has answered to that word.
-        """
-        word = os.urandom(8).hex()
-        if self.rank > 0:
-            store.set(f"word/{self.rank}", word)
-            while not store.check([f"answer/{word}"]):
-                time.sleep(POLL / 10)
-            name = store.get(f"answer/{word}").decode()
-            store.set(f"heard/{name}/{self.rank}", "")
-            return name
-        others = set(range(1, self.size))
-        while others:
-            for rank in [rank for rank in others if store.check([f"word/{rank}"])]:
-                store.set(f"answer/{store.get(f'word/{rank}').decode()}", word)
-                if store.check([f"heard/{word}/{rank}"]):
-                    others.discard(rank)
-            time.sleep(POLL / 10)
-        return word
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    local_count: int = 1
 
-    def add(self, key: str, count: int) -> int:
-        """Add to what all ranks have counted under a key, and return the sum."""
-        if self.store is not None:
-            return self.store.add(key, count)
-        with self.lock:
-            self.counts[key] += count
-            return self.counts[key]
 
-    def claimed(self, key: str, tasks: Iterable) -> Iterator:
-        """Yield those of the tasks, the same on all ranks, that no other rank has got."""
-        mine = None
-        for number, task in enumerate(tasks):
-            mine = self.add(key, 1) - 1 if mine is None else mine
-            if number == mine:
-                yield task
-                mine = None
+def shards_of_rank(shards: list[Shard], rank: int, ranks: int) -> list[Shard]:
+    """Return the shards that one of several ranks writes.
 
-    def tell(self, key: str, value) -> None:
-        if self.store is not None:
-            self.store.set(key, json.dumps(value))
+    Largest first, each goes to the rank that has the least so far. All planned shards are divided,
+    whatever is there already, so that ranks which look at different times agree.
+    """
+    loads, mine = [0] * ranks, []
+    for shard in sorted(shards, key=lambda shard: (-shard.size, shard.name)):
+        least = loads.index(min(loads))
+        loads[least] += shard.size
+        if least == rank:
+            mine.append(shard)
+    return mine
 
-    def hear(self, key: str):
-        """Return what a rank tells under a key, once it does."""
-        while not self.store.check([key]):  # wait() would keep signals from us
-            time.sleep(POLL)
-        return json.loads(self.store.get(key))
 
-    def share(self, key: str, value):
-        """Return what rank 0 gives."""
-        if self.rank == 0:
-            self.tell(key, value)
-            return value
-        return self.hear(key)
+def digest_of(plan: Plan) -> str:
+    """Return 16 hex digits that ranks have in common if their plans are the same."""
+    parts = [(step.output, step.source.path.name, step.source.start, describe(step.quantization))
+             for step in plan.steps]
+    parts += [shard.header for shard in plan.shards]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
-    def gather(self, key: str, value) -> list:
-        """Return what every rank gives, in their order, to rank 0; its own to any other."""
-        self.tell(f"{key}/{self.rank}", value)
-        others = range(1, self.size) if self.rank == 0 else ()
-        return [value, *(self.hear(f"{key}/{rank}") for rank in others)]
 
-    def agree(self, plan: Plan) -> None:
-        """Raise CheckpointError unless all ranks have the same plan."""
-        if self.size == 1:
-            return
-        parts = [(shard.name, shard.header) for shard in plan.shards]
-        for step in (step for shard in plan.shards for step in shard.steps):
-            codes, _, scale, grid, _ = step.quantization or [None] * 5
-            source = step.source.path.name, step.source.start
-            parts.append((source, codes, scale and scale.start, grid))
-        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        first, *others = self.share("plans", self.gather("plan", digest))
-        for rank, other in enumerate(others, 1):
-            if other != first:
-                raise CheckpointError(f"{plan.checkpoint.root}: rank {rank} finds a checkpoint "
-                                      f"there with the plan {other}, rank 0 one with {first}; give "
-                                      "all the same input")
+def describe(quantization: Quantization | None) -> tuple:
+    """Return everything that decides how codes become values, but for the tensors themselves."""
+    if quantization is None:
+        return ()
+    row, number_format, output, shape, scale, grid, factor, first, packed_cols = quantization
+    operations = row.title, row.divides, row.inverse
+    names = [tensor and (tensor.name, tensor.dtype, tensor.shape) for tensor in (scale, factor)]
+    return (*operations, number_format, output, shape, grid, first, packed_cols, *names)
 
 
 # --- render: the bytes [start, stop) of one planned shard ---
+
+PAGE = 4096  # The alignment that direct I/O asks of offsets, lengths and memory.
+OPEN_FILES = 8  # A worker holds at most so many files open: its shard and those of scales.
+NONFINITE = ["NaN", "infinite"]
+PHASES = ["reading", "decoding", "writing", "syncing"]
 
 
 def page_aligned(size: int, pinned: bool) -> torch.Tensor:
@@ -871,38 +1351,21 @@ def open_raw(path: Path, mode: str, flags: int = 0):
     return open(path, mode, 0, opener=lambda name, own: os.open(name, own | flags, 0o666))
 
 
-def is_cached(file) -> bool:
-    """Return whether a file is in memory already, by LOOKS at it; yes where the system can't tell.
-
-    One decision for the whole file: to read its cached parts through the cache has the system read
-    on ahead, so that all would soon be found cached.
-    """
-    if not hasattr(os, "RWF_NOWAIT"):
-        return True
-    size = os.fstat(file.fileno()).st_size
-    try:
-        return all(os.preadv(file.fileno(), [bytearray(1)], size * i // LOOKS, os.RWF_NOWAIT)
-                   for i in range(LOOKS - 1, 0, -1))
-    except OSError as error:
-        return error.errno != errno.EAGAIN
-
-
 class Worker:
     """What one thread needs to render windows: buffers, open files, a GPU stream, and counts.
 
-    specials: how many values of a weight are of one of the kinds SPECIALS.
+    nonfinite: how many values of a weight are of one of the kinds NONFINITE. decoder: the thread
+    that all workers of the CPU decode on.
     """
 
     def __init__(self, device: torch.device, window: int):
-        pinned = device.type == "cuda"
         self.device = device
-        self.stream = torch.cuda.Stream(device) if pinned else None
-        self.out = page_aligned(window, pinned)
-        self.memory = {"codes": page_aligned(window // 2 + 2 * PAGE, pinned)}
-        self.ahead = None, 0, ()
-        self.files = {}
-        self.specials = Counter()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.out = page_aligned(window, self.stream is not None)
+        self.memory, self.files = {}, {}
+        self.nonfinite = Counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.decoder = None
 
     @contextmanager
     def timed(self, phase: str):
@@ -910,71 +1373,27 @@ class Worker:
         yield
         self.seconds[phase] += time.perf_counter() - began
 
-    def scratch(self, name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return memory that is used again, for to get it anew costs more than to fill it."""
-        size = count * dtype.itemsize
+    def scratch(self, name: str, size: int) -> torch.Tensor:
+        """Return memory that is used again, since new memory costs more than filling it."""
         if len(self.memory.get(name, ())) < size:
-            self.memory[name] = page_aligned(size, False)
-        return self.memory[name][:size].view(dtype)
+            self.memory[name] = page_aligned(ceil_div(size, PAGE) * PAGE, self.stream is not None)
+        return self.memory[name][:size]
 
-    def open(self, path: Path, large: bool = False):
-        """Return a file that stays open; for large reads one past the page cache, if that pays."""
-        if (path, large) not in self.files:
-            if len(self.files) >= OPEN_FILES:
-                self.close()
-            file = open_raw(path, "rb")
-            if large and DIRECT and not is_cached(file):
-                try:
-                    direct = open_raw(path, "rb", DIRECT)
-                    direct.readinto(as_bytes(page_aligned(PAGE, False)))
-                    file = direct
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-            self.files[path, large] = file
-        return self.files[path, large]
-
-    def read(self, path: Path, start: int, count: int, name: str = "codes") -> torch.Tensor:
-        """Return the bytes [start, start + count) of a file, uint8.
-
-        They stand in memory that the next read with this name uses again. Whole pages are read, as
-        direct reads require. Those take a fifth of the processor time that the page cache takes.
-        """
-        fetched, first, data = self.ahead
-        if path == fetched and first <= start and start + count <= first + len(data):
-            return data[start - first :][:count]
-        at = begin = start // PAGE * PAGE
-        stop = start + count
-        buffer = self.scratch(name, -(-stop // PAGE) * PAGE - begin, torch.uint8)
+    def read(self, path: Path, start: int, into: torch.Tensor) -> torch.Tensor:
+        """Fill a uint8 tensor with the bytes of a file from `start` on, and return it."""
         with self.timed("reading"), naming(path):
-            file = self.open(path, large=count >= DIRECT_READ)
-            file.seek(begin)
-            while at < stop:
-                size = file.readinto(as_bytes(buffer[at - begin :]))
-                if not size:
-                    raise CheckpointError(f"{path}: ends at byte {at}; it was cut")
-                at += size
-        return buffer[start - begin : stop - begin]
-
-    def fetch(self, path: Path, start: int, stop: int) -> None:
-        """Read what the next reads of small parts take from memory."""
-        self.ahead = None, 0, ()
-        self.ahead = path, start, self.read(path, start, stop - start, "ahead")
-
-    def read_bytes(self, path: Path, start: int, count: int) -> bytes:
-        """Return a few bytes of a file."""
-        with naming(path):
-            file = self.open(path)
+            if path not in self.files:
+                if len(self.files) >= OPEN_FILES:
+                    self.close()
+                self.files[path] = open_raw(path, "rb")
+            file, view = self.files[path], as_bytes(into)
             file.seek(start)
-            data = file.read(count)
-        if len(data) < count:
-            raise CheckpointError(f"{path}: ends at byte {file.tell()}; it was cut")
-        return data
-
-    def read_scale(self, scale: Tensor, first: int, count: int) -> torch.Tensor:
-        """Return `count` scales from the one numbered `first` on, uint8, as they are stored."""
-        size = (scale.stop - scale.start) // math.prod(scale.shape)
-        return self.read(scale.path, scale.start + first * size, count * size, "scales").clone()
+            while view:
+                size = file.readinto(view)
+                if not size:
+                    raise CheckpointError(f"{path}: ends at byte {file.tell()}; it was cut")
+                view = view[size:]
+        return into
 
     def close(self) -> None:
         for file in self.files.values():
@@ -982,26 +1401,23 @@ class Worker:
         self.files.clear()
 
 
-def run_workers(job: Job, doing: str, pool: list[Worker], tasks: Iterator[tuple], work: Callable,
-                total: int) -> None:
+def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Callable,
+                total: int, quiet: bool = False) -> None:
     """Let every worker, a thread each, take tasks until there are none or one of them has failed.
 
     A task is a shard and what `work` takes after the worker and the shard; work returns how many
-    of `total` bytes are done. Rank 0 returns when all ranks together have done those.
-    """
-    lock, stopped = threading.Lock(), threading.Event()
-    done = pending = told = 0
-    bar = tqdm(total=total, unit="B", unit_scale=True, disable=job.rank > 0 or None)
+    of `total` bytes are done.
 
-    def count(size: int, at_once: bool) -> None:
-        nonlocal done, pending, told
-        pending, now = pending + size, time.monotonic()
-        if at_once or now - told > POLL:  # or the store would hear of every window
-            done, pending, told = job.add(doing, pending), 0, now
-            bar.update(done - bar.n)
+    On the CPU one more thread decodes for all, with every core in each operation: threads that take
+    turns at Python's lock between short operations gain nothing from more than four cores (of 16,
+    1.8 G elements/s became 7.5).
+    """
+    lock, stopped, tasks = threading.Lock(), threading.Event(), iter(tasks)
+    threads = torch.get_num_threads()
+    bar = tqdm(total=total, unit="B", unit_scale=True, disable=quiet or None)
 
     def loop(worker: Worker) -> None:
-        torch.set_num_threads(1)  # the workers are the threads
+        torch.set_num_threads(1)
         torch.set_flush_denormal(False)
         while True:
             with lock:
@@ -1011,156 +1427,163 @@ def run_workers(job: Job, doing: str, pool: list[Worker], tasks: Iterator[tuple]
             size = work(worker, *task)
             with lock:
                 bar.set_description(printable(f"{doing} {task[0].name}"), refresh=False)
-                count(size, job.size == 1)
+                bar.update(size)
 
-    threads, executor = torch.get_num_threads(), ThreadPoolExecutor(len(pool))
+    def start_decoder() -> None:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+
+    executor, decoder = ThreadPoolExecutor(len(pool)), ThreadPoolExecutor(1, "", start_decoder)
     try:
+        for worker in pool:
+            worker.decoder = decoder
         for future in as_completed([executor.submit(loop, worker) for worker in pool]):
             future.result()
-        count(0, True)
-        while job.rank == 0 and done < total:
-            time.sleep(POLL)
-            count(0, True)
     finally:
         stopped.set()
         executor.shutdown()
+        decoder.shutdown()
         bar.close()
         torch.set_num_threads(threads)
         for worker in pool:
             worker.close()
 
 
-# Short operations go twice as fast if threads do not take turns at Python's own lock with each.
-ALONE = threading.Lock()
+def steps_between(shard: Shard, start: int, stop: int) -> list[Step]:
+    first = bisect_right(shard.steps, start, key=lambda step: step.output.stop)
+    return shard.steps[first : bisect_left(shard.steps, stop, key=lambda step: step.output.start)]
 
 
-def render(shard: Shard, start: int, stop: int, worker: Worker) -> torch.Tensor:
+def render(shard: Shard, header: bytes, start: int, stop: int, worker: Worker) -> torch.Tensor:
     """Return the bytes [start, stop) of a shard, uint8, in the worker's buffer."""
     out = worker.out[: stop - start]
-    head = shard.header[start:stop]
+    head = header[start:stop]
     as_bytes(out)[: len(head)] = head
-    first = bisect_right(shard.steps, start, key=lambda step: step.stop)
-    steps = shard.steps[first : bisect_left(shard.steps, stop, key=lambda step: step.start)]
-    small = len(steps) * SMALL > stop - start
-    if small:
-        fetch_ahead(steps, start, stop, worker)
-    with ALONE if small else nullcontext():
-        for step in steps:
-            begin, end = max(step.start, start), min(step.stop, stop)
-            into = out[begin - start : end - start]
-            if step.quantization is None:
-                for at in range(begin, end, COPY):
-                    place = step.source.start + at - step.start
-                    part = worker.read(step.source.path, place, min(COPY, end - at))
-                    into[at - begin :][: len(part)] = part
-            elif begin < end:
-                begin, end = (begin - step.start) // 2, (end - step.start) // 2
-                render_weight(step, begin, end, into, worker)
+    for step in steps_between(shard, start, stop):
+        begin, end = max(step.output.start, start), min(step.output.stop, stop)
+        into = out[begin - start : end - start]
+        if step.quantization is None:
+            worker.read(step.source.path, step.source.start + begin - step.output.start, into)
+        else:
+            begin, end = (begin - step.output.start) // 2, (end - step.output.start) // 2
+            render_weight(step, begin, end, into.view(torch.bfloat16), worker)
     return out
 
 
-def fetch_ahead(steps: list[Step], start: int, stop: int, worker: Worker) -> None:
-    """Read in one go what small tensors of a window are made of, if it stands close together."""
-    paths = {step.source.path for step in steps}
-    places = [step.source.start for step in steps] + [step.source.stop for step in steps]
-    if len(paths) == 1 and max(places) - min(places) <= stop - start + COPY:
-        worker.fetch(*paths, min(places), max(places))
-
-
 def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
-    """Fill `out`, uint8, with the elements [start, stop) of a weight as BF16."""
+    """Fill `out`, bfloat16, with the elements [start, stop) of a weight."""
     quantization = step.quantization
-    grid = quantization.grid
-    row, row_end, col, col_end = region = grid.scale_region(start, stop)
-    if (row_end - row) * (col_end - col) > SCALES:  # of long rows, or tiny blocks
-        rows = start // grid.cols, (stop - 1) // grid.cols
-        middle = (start + stop) // 4 * 2 if rows[0] == rows[1] else sum(rows, 1) // 2 * grid.cols
-        render_weight(step, start, middle, out[: 2 * (middle - start)], worker)
-        render_weight(step, middle, stop, out[2 * (middle - start) :], worker)
-        return
-    per_byte = kernel.FORMATS[quantization.codes].codes_per_byte
-    first_byte, last_byte = start // per_byte, -(-stop // per_byte)
-    place = step.source.start + first_byte
-    codes = worker.read(step.source.path, place, last_byte - first_byte)
-    out = out.view(torch.bfloat16)
-    with torch.cuda.stream(worker.stream):
+    grid, at = quantization.grid, 0
+    first_row = quantization.first // max(1, grid.cols)
+    limit = kernel.MAX_PIECE if worker.stream is None else len(worker.out) // 2
+    for row, col, M, N in pieces(start, stop, grid.cols, limit):
+        codes = read_codes(step, row, col, M, N, worker)
+        region = grid.scale_region(first_row + row, col, M, N)
         scales = read_scales(quantization, region, worker)
+        values = out[at : at + M * N].view(M, N)
+        place = quantization.number_format, grid, first_row + row, col, quantization.row.inverse
         with worker.timed("decoding"):
-            codes = codes.to(worker.device, non_blocking=True)
-            values = out if worker.stream is None else torch.empty_like(out, device=worker.device)
-            codec = quantization.codes, grid, start
-            counts = kernel.dequantize(codes, scales, values, *codec)
-            if values is not out:
-                out.copy_(values, non_blocking=True)
-            counts = counts.tolist()  # waits for the stream, so the buffers are free again
-    for kind, count in zip(SPECIALS, counts, strict=True):
-        if count:
-            worker.specials[step.name, kind] += count
+            counts = decode(codes, scales, values, place, worker)
+        for kind, count in zip(NONFINITE, counts, strict=True):
+            if count:
+                worker.nonfinite[step.output.name, kind] += count
+        at += M * N
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, place: tuple,
+           worker: Worker) -> list[int]:
+    """Dequantize a piece where the worker's device is; return the counts of NONFINITE."""
+    *_, divide = place
+    if worker.stream is None or divide:
+        call = kernel.dequantize, codes, scales, values, *place
+        counts = worker.decoder.submit(*call).result() if worker.decoder else call[0](*call[1:])
+        return counts.tolist()
+    with torch.cuda.stream(worker.stream):
+        codes, scales = (t.to(worker.device, non_blocking=True) for t in (codes, scales))
+        result = torch.empty_like(values, device=worker.device)
+        counts = kernel.dequantize(codes, scales, result, *place)
+        values.copy_(result, non_blocking=True)
+        return counts.tolist()  # Waits for the stream, so the buffers are free again.
+
+
+def read_codes(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
+    """Return the codes of a piece as kernel.dequantize takes them: (M, bytes) uint8."""
+    per_byte = kernel.FORMATS[step.quantization.number_format].codes_per_byte
+    row_bytes = step.quantization.packed_cols // per_byte
+    first, last = col // per_byte, ceil_div(col + N, per_byte)
+    width = last - first if M == 1 else row_bytes
+    codes = worker.scratch("codes", M * width)
+    return worker.read(step.source.path, step.source.start + row * row_bytes + first,
+                       codes).view(M, width)
 
 
 def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
                 worker: Worker) -> torch.Tensor:
-    """Return a region of a weight's scales (Grid.scale_region), a float32 matrix on the device.
+    """Return a region of a weight's scales (Grid.scale_region), a float32 matrix on the CPU.
 
-    Scales of scales are applied here, in float32, before the codes meet either: the order in which
-    ModelOpt and compressed-tensors dequantize.
+    Global scales are applied here, in float32, before the codes meet either: the order in which
+    ModelOpt and compressed-tensors dequantize. Raises CheckpointError for negative scales of NVFP4.
     """
-    if quantization.scale is None:
-        return torch.ones(1, 1, device=worker.device)
-    grid, second = quantization.grid, quantization.second
-    row, row_end, col, col_end = region
-    count = (row_end - row) * (col_end - col)
-
-    def load(scale: Tensor, first: int, count: int) -> torch.Tensor:
-        raw = worker.read_scale(scale, first, count).to(worker.device)
-        return kernel.widen_scales(raw, scale.dtype)
-
-    scales = load(quantization.scale, row * grid.scale_shape[1] + col, count)
-    scales = scales.view(row_end - row, col_end - col)
-    if second is None:
+    scale, factor, grid = quantization.scale, quantization.global_scale, quantization.grid
+    if scale is None:
+        return torch.ones(1, 1)
+    top, bottom, left, right = region
+    rows, cols = grid.scale_shape
+    scales = read_elements(scale, top * cols, (bottom - top) * cols, worker)
+    if scale.dtype == "F8_E4M3" and scales.numel() and scales.min() < 0:
+        raise CheckpointError(f"{scale.path}: {scale.name} holds negative scales of groups; a "
+                              "format that keeps something else in their sign is not known here")
+    scales = scales.view(bottom - top, cols)[:, left:right]
+    if factor is None:
         return scales
-    part, per_part = 0, grid.scale_rows_per_part
-    parts = torch.zeros(row_end - row, dtype=torch.int64, device=worker.device)
-    if math.prod(second.shape) > 1:
-        part = row // per_part
-        parts = torch.arange(row, row_end, device=worker.device) // per_part - part
-    factors = load(second, part, parts[-1].item() + 1)[parts].view(-1, 1)
-    return scales / factors if is_divisor(second) else scales * factors
+    count = math.prod(factor.shape)  # each for as many rows: all, an expert's, or half of those
+    which = torch.arange(top, bottom) // (rows // count)
+    factors = read_elements(factor, 0, count, worker)[which].view(-1, 1)
+    return scales / factors if quantization.row.divides else scales * factors
 
 
-def is_divisor(second: Tensor) -> bool:
-    """compressed-tensors divides by its second scale, ModelOpt multiplies by it."""
-    return second.name.endswith("global_scale")
+def read_elements(scale: Tensor, first: int, count: int, worker: Worker) -> torch.Tensor:
+    """Return `count` scales from the one numbered `first` on, as float32."""
+    size = (scale.stop - scale.start) // math.prod(scale.shape)
+    raw = torch.empty(count * size, dtype=torch.uint8)
+    return kernel.widen_scales(worker.read(scale.path, scale.start + first * size, raw), scale.dtype)
 
 
 # --- write: windows under a temporary name, then the final one ---
 
-
-def direct_flag(root: Path, rank: int) -> int:
-    """Return O_DIRECT where this folder's file system takes it, else 0.
-
-    Direct writes skip the page cache, which a file larger than memory only slows down. Where they
-    are refused (tmpfs, some network file systems, other than Linux), plain writes do the same.
-    """
-    flag, probe = DIRECT, temporary(root / f"{PROBE}{rank}")
-    try:
-        with naming(probe), open_raw(probe, "r+b", flag | os.O_CREAT) as file:
-            file.write(as_bytes(page_aligned(PAGE, False)))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        flag = 0
-    finally:
-        probe.unlink(missing_ok=True)
-    return flag
+WINDOW = 16 << 20
+TEMPORARY_SUFFIX = ".tmp"
+PROBE = "fp8_cast_bf16"  # A temporary file that finds out how to write.
+NAME_LIMIT = 255  # Bytes, on most file systems.
+DIRECT = getattr(os, "O_DIRECT", 0)
+NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}  # File systems refuse it with these.
 
 
-def temporary(path: Path) -> Path:
+def temporary(path: Path, fingerprint: str = "") -> Path:
     """Return the name under which a file is written until it is whole."""
-    name = path.name
+    name = f"{path.name}.{fingerprint}" if fingerprint else path.name
     if len(os.fsencode(name)) > NAME_LIMIT - len(TEMPORARY_SUFFIX):
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return path.with_name(name + TEMPORARY_SUFFIX)
+
+
+def direct_flag(root: Path) -> int:
+    """Return O_DIRECT where this folder's file system takes it, else 0.
+
+    Direct writes skip the page cache, which takes 2.5 to 4 times as long for files that are larger
+    than it. Where they are refused (tmpfs, some network file systems) plain writes do the same.
+    """
+    probe = temporary(root / f"{PROBE}{os.getpid()}")
+    try:
+        with naming(probe), open_raw(probe, "r+b", DIRECT | os.O_CREAT) as file:
+            file.write(as_bytes(page_aligned(PAGE, False)))
+    except OSError as error:
+        if error.errno not in NOT_DIRECT:
+            raise
+        return 0
+    finally:
+        probe.unlink(missing_ok=True)
+    return DIRECT
 
 
 def sync_folder(folder: Path) -> None:
@@ -1175,586 +1598,348 @@ def sync_folder(folder: Path) -> None:
 
 
 class Output:
-    """The shards being written, in windows that come in any order and from any rank.
+    """The shards being written, in windows that come in any order."""
 
-    Ranks share out spans, some windows that follow each other. A rank syncs a shard after each of
-    its spans. With the last span of all, the shard is whole and gets its name.
-    """
-
-    def __init__(self, job: Job, shards: list[Shard], root: Path, window: int):
-        self.job, self.root = job, root
-        self.direct = direct_flag(root, job.rank)
+    def __init__(self, shards: list[Shard], root: Path):
+        self.shards, self.root, self.direct = shards, root, direct_flag(root)
         self.lock = threading.Lock()
-        self.left = {}  # windows that are not written, by shard and start of the span
-        self.begun = set()
-        self.windows = self._windows(shards, window)
+        self.begun = {shard.name: threading.Lock() for shard in shards}
+        self.left = {shard.name: ceil_div(shard.size, WINDOW) for shard in shards}
+        self.headers, self.paths = {}, {}
 
-    def _windows(self, shards: list[Shard], window: int) -> Iterator[tuple[Shard, int, int, int]]:
-        spans = ((shard, start) for shard in sorted(shards, key=lambda shard: -shard.size)
-                 for start in range(0, shard.size, SPAN * window))
-        for shard, span in self.job.claimed("span", spans):
-            starts = range(span, min(span + SPAN * window, shard.size), window)
-            self.left[shard.name, span] = len(starts)
-            if shard.name not in self.begun:
-                self.begun.add(shard.name)
-                path = temporary(self.root / shard.name)
+    def windows(self) -> Iterator[tuple[Shard, int, int]]:
+        for shard in sorted(self.shards, key=lambda shard: -shard.size):
+            for start in range(0, shard.size, WINDOW):
+                yield shard, start, min(start + WINDOW, shard.size)
+
+    def begin(self, worker: Worker, shard: Shard) -> None:
+        """Create the file of a shard, unless another worker has."""
+        with self.begun[shard.name]:
+            if shard.name not in self.paths:
+                fingerprint = fingerprint_of(shard, worker)
+                path = temporary(self.root / shard.name, fingerprint)
                 with naming(path), open_raw(path, "r+b", os.O_CREAT) as file:
+                    self.headers[shard.name] = shard.sealed(fingerprint)
+                    self.paths[shard.name] = path
                     file.truncate(shard.size)
-            for start in starts:
-                yield shard, span, start, min(start + window, shard.size)
 
-    def write(self, worker: Worker, shard: Shard, span: int, start: int, stop: int) -> int:
+    def write(self, worker: Worker, shard: Shard, start: int, stop: int) -> int:
         """Render a window and write it. What fills its last page is cut off at the end."""
-        render(shard, start, stop, worker)
-        view = as_bytes(worker.out)[: -(-(stop - start) // PAGE) * PAGE]
-        path = temporary(self.root / shard.name)
+        self.begin(worker, shard)
+        render(shard, self.headers[shard.name], start, stop, worker)
+        view = as_bytes(worker.out)[: ceil_div(stop - start, PAGE) * PAGE]
+        path = self.paths[shard.name]
         with worker.timed("writing"), naming(path), open_raw(path, "r+b", self.direct) as file:
             file.seek(start)
             while view:
                 view = view[file.write(view) :]
         with self.lock:
-            self.left[shard.name, span] -= 1
-            written = not self.left[shard.name, span]
-        if written:
-            size = min(SPAN * len(worker.out), shard.size - span)
-            self.finish(worker, shard, size)
+            self.left[shard.name] -= 1
+            whole = not self.left[shard.name]
+        if whole:
+            self.finish(worker, shard)
         return stop - start
 
-    def finish(self, worker: Worker, shard: Shard, size: int) -> None:
-        """Make `size` more bytes of a shard durable, and give it its name if those are the last."""
-        path = temporary(self.root / shard.name)
+    def finish(self, worker: Worker, shard: Shard) -> None:
+        """Make a whole shard durable and give it its name.
+
+        If its file is gone, another job with the same input has given it the name.
+        """
+        path, final = self.paths[shard.name], self.root / shard.name
         with worker.timed("syncing"), naming(path), open_raw(path, "r+b") as file:
-            os.fsync(file.fileno())
-            if self.job.add(f"synced {shard.name}", size) < shard.size:
-                return
             file.truncate(shard.size)
             os.fsync(file.fileno())
-        os.replace(path, self.root / shard.name)
-        self.begun.discard(shard.name)
+        try:
+            os.replace(path, final)
+        except FileNotFoundError:
+            if not has_header(final, shard, self.headers[shard.name]):
+                raise
+        del self.paths[shard.name]
 
     def discard(self) -> None:
-        """Remove the shards that are not whole, unless other ranks may still be writing them."""
-        for name in self.begun if self.job.size == 1 else ():
-            temporary(self.root / name).unlink(missing_ok=True)
+        """Remove the shards that are not whole."""
+        for path in self.paths.values():
+            path.unlink(missing_ok=True)
 
 
-def write_shards(job: Job, shards: list[Shard], root: Path, pool: list[Worker],
-                 window: int) -> None:
+def write_shards(shards: list[Shard], root: Path, pool: list[Worker], quiet: bool) -> None:
     """Write shards into the folder `root`, each under its name once it is whole."""
-    output = Output(job, shards, root, window)
+    output = Output(shards, root)
     try:
         size = sum(shard.size for shard in shards)
-        run_workers(job, "writing", pool, output.windows, output.write, size)
+        run_workers("writing", pool, output.windows(), output.write, size, quiet)
     finally:
         output.discard()
     sync_folder(root)
 
 
-# --- resume: the shards of an earlier run that can stay ---
+# --- check: whether a shard is this input's, whether values are plausible, and --verify ---
 
-
-def find_done(job: Job, plan: Plan, out: Path, workers: int) -> set[str]:
-    """Return the names of shards in the output that are as planned.
-
-    Their header must be the planned one, and SAMPLES pieces of every tensor, with its first and its
-    last element, what they should be: checkpoints of one model have the same headers.
-    """
-    found = [shard for shard in plan.shards if has_header(out / shard.name, shard)]
-    done = {shard.name for shard in found}
-    if not found:
-        return done
-
-    def check(worker: Worker, shard: Shard, steps: list[Step]) -> int:
-        if shard.name in done and not has_samples(out / shard.name, steps, worker):
-            done.discard(shard.name)
-        return sum(step.stop - step.start for step in steps)
-
-    tasks = ((shard, shard.steps[at : at + 100]) for shard in found
-             for at in range(0, len(shard.steps), 100))
-    pool = [Worker(torch.device("cpu"), 0) for _ in range(workers)]
-    size = sum(shard.size - len(shard.header) for shard in found)
-    run_workers(job, "checking", pool, tasks, check, size)
-    return done
-
-
-def has_header(path: Path, shard: Shard) -> bool:
-    """Return whether a file has a shard's size and begins with its header."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.size:
-        return False
-    with naming(path), open(path, "rb") as file:
-        return file.read(len(shard.header)) == shard.header
-
-
-@functools.cache  # thousands of experts have the same
-def samples(grid: Grid, per_byte: int) -> list[tuple[int, int, int, int]]:
-    """Return pieces of a weight that have one scale each, those at its ends among them.
-
-    A piece: its first element, the number of elements, the number of its scale and of its part.
-    """
-    pieces, last = [], grid.rows * grid.cols - 1
-    places = {last * i // (SAMPLES - 1) // per_byte * per_byte for i in range(SAMPLES)}
-    for place in sorted(places) if last >= 0 else ():
-        row, col = divmod(place, grid.cols)
-        block = col // grid.block_cols
-        begin = max(block * grid.block_cols, col - SAMPLE)
-        end = min((block + 1) * grid.block_cols, grid.cols, col + SAMPLE)
-        scale = grid.scale_row(row) * grid.scale_shape[1] + block
-        pieces.append((row * grid.cols + begin, end - begin, scale, row // grid.part))
-    return pieces
-
-
-def has_samples(path: Path, steps: list[Step], worker: Worker) -> bool:
-    """Return whether a file holds what it should for some pieces of each of its tensors."""
-    groups = {}  # pieces that are decoded in one go: call by call, large models would take minutes
-    for step in steps:
-        source, quantization = step.source, step.quantization
-        if quantization is None:
-            bytewise = Grid(1, step.stop - step.start, 1, step.stop - step.start, 1)
-            for first, count, _, _ in samples(bytewise, 1):
-                copied = worker.read_bytes(source.path, source.start + first, count)
-                if worker.read_bytes(path, step.start + first, count) != copied:
-                    return False
-            continue
-        codes, _, scale, grid, second = quantization
-        per_byte = kernel.FORMATS[codes].codes_per_byte
-        divides = second is not None and is_divisor(second)
-        kind = codes, scale and scale.dtype, second and second.dtype, divides
-        pieces = groups.setdefault(kind, [])
-        for first, count, number, part in samples(grid, per_byte):
-            pieces.append((
-                count // per_byte,
-                worker.read_bytes(source.path, source.start + first // per_byte, count // per_byte),
-                read_element(scale, number, worker),
-                read_element(second, part, worker),
-                worker.read_bytes(path, step.start + 2 * first, 2 * count),
-            ))
-    return all(map(are_as_rendered, groups, groups.values()))
-
-
-def read_element(tensor: Tensor | None, number: int, worker: Worker) -> bytes:
-    """Return the bytes of one element, that numbered `number` if the tensor has more than one."""
-    if tensor is None:
-        return b""
-    size = (tensor.stop - tensor.start) // (count := math.prod(tensor.shape))
-    return worker.read_bytes(tensor.path, tensor.start + size * (number if count > 1 else 0), size)
-
-
-def are_as_rendered(kind: tuple, pieces: list[tuple]) -> bool:
-    """Return whether pieces of one format have been decoded rightly: their last items are."""
-    codes, scale_dtype, second_dtype, divides = kind
-    if not pieces:
-        return True
-    counts, raw, scales, factors, written = zip(*pieces, strict=True)
-    raw, written = (torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
-                    for parts in (raw, written))
-    scales = widened(scales, scale_dtype) if scale_dtype else torch.ones(len(pieces))
-    if second_dtype:
-        factors = widened(factors, second_dtype)
-        scales = scales / factors if divides else scales * factors
-    scales = scales.repeat_interleave(torch.tensor(counts)).view(-1, 1)
-    out, width = torch.empty(len(written) // 2, dtype=torch.bfloat16), len(written) // 2 // len(raw)
-    kernel.dequantize(raw, scales, out, codes, Grid(len(raw), width, 1, width, len(raw)))
-    return torch.equal(out.view(torch.int16), written.view(torch.int16))
-
-
-def widened(parts: Iterable[bytes], dtype: str) -> torch.Tensor:
-    """Return scales, stored as bytes of a dtype, as float32."""
-    raw = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
-    return kernel.widen_scales(raw, dtype)
-
-
-# --- publish: the files beside the shards; config and index last, which say that all is there ---
-
-
-def bf16_config(value):
-    """Return a config, or a part of one, that describes plain BF16 weights."""
-    if isinstance(value, list):
-        return [bf16_config(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: "bfloat16" if key in DTYPE_KEYS and isinstance(item, str) else bf16_config(item)
-        for key, item in value.items()
-        if key not in QUANTIZATION_KEYS
-    }
-
-
-def bf16_texts(plan: Plan) -> dict[str, str]:
-    """Return the JSON files of the output by name, the index last, where the input has them."""
-    values = {}
-    params, config, index = plan.checkpoint.params, plan.checkpoint.config, plan.checkpoint.index
-    if params is not None:
-        unwanted = ["quantization", *QUANTIZATION_KEYS]
-        values[PARAMS_NAME] = {key: v for key, v in params.items() if key not in unwanted}
-    if config is not None:
-        values[CONFIG_NAME] = bf16_config(config)
-        if not any(config.get(key) for key in DTYPE_KEYS):
-            values[CONFIG_NAME]["torch_dtype"] = "bfloat16"
-    if index is not None:
-        steps = [(step, shard.name) for shard in plan.shards for step in shard.steps]
-        metadata = index["metadata"] if isinstance(index.get("metadata"), dict) else {}
-        size = sum(step.stop - step.start for step, _ in steps)
-        weight_map = {step.name: name for step, name in steps}
-        values[INDEX_NAME] = {
-            **index,
-            "metadata": {**metadata, "total_size": size},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-    return {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What stands beside the shards: files of the input to copy or to leave out, edited texts."""
-
-    copied: list[str]
-    left_out: list[str]
-    texts: dict[str, str]
-
-
-def find_extras(plan: Plan) -> Extras:
-    """Decide what becomes of the files beside the shards, which are named relative to the root.
-
-    Left out are weight files, unfinished files, and what is no plain file of the checkpoint.
-    """
-    copied, left_out, root = [], [], plan.checkpoint.root
-    for folder, folders, names in os.walk(root, onerror=raise_error):
-        folders[:] = sorted(name for name in folders if name not in TOOL_FOLDERS)
-        for name in sorted(names + folders):
-            path = Path(folder, name)
-            relative = path.relative_to(root).as_posix()
-            unwanted = any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES)
-            taken = relative in EDITED_FILES + QUANTIZATION_FILES
-            if name in folders:
-                if unwanted or taken or path.is_symlink():
-                    folders.remove(name)
-                    left_out.append(relative)
-            elif taken or relative in plan.checkpoint.shards:
-                continue
-            elif unwanted or not is_plain(path, root):
-                left_out.append(relative)
-            elif not os.access(path, os.R_OK):
-                raise CheckpointError(f"{path}: may not be read; it would be missing in the output")
-            else:
-                copied.append(relative)
-    return Extras(copied, left_out, bf16_texts(plan))
-
-
-def raise_error(error: OSError) -> None:
-    raise error
-
-
-def find_stale(plan: Plan, out: Path, done: set[str], extras: Extras) -> list[Path]:
-    """Return what must go from an output folder, what makes loaders take it for complete first.
-
-    That is index and configs, shards that are not as planned, and what a killed run has left.
-    """
-    shards = [shard.name for shard in plan.shards]
-    names = EDITED_FILES + QUANTIZATION_FILES + [name for name in shards if name not in done]
-    paths = [out / name for name in names]
-    paths += [temporary(out / name) for name in [*EDITED_FILES, *shards, *extras.copied]]
-    paths += sorted(out.glob(f"{PROBE}*{TEMPORARY_SUFFIX}"))
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            raise CheckpointError(f"{path}: is a folder; remove it or give another output")
-    return [path for path in paths if os.path.lexists(path)]
-
-
-def is_complete(plan: Plan, out: Path, done: set[str], stale: list[Path], extras: Extras) -> bool:
-    """Return whether an output has all that it should have, and nothing that must go."""
-    root, texts = plan.checkpoint.root, extras.texts
-    return (
-        len(done) == len(plan.shards)
-        and {*stale} == {out / name for name in texts}
-        and all((out / name).read_bytes() == text.encode() for name, text in texts.items())
-        and all((out / name).is_file() and filecmp.cmp(root / name, out / name, shallow=False)
-                for name in extras.copied)
-    )
-
-
-def measure_space(plan: Plan, out: Path, done: set[str], stale: list[Path],
-                  extras: Extras) -> tuple[int, int]:
-    """Return the bytes that are still to be written, and those free for them.
-
-    Raises CheckpointError where the output cannot be made, whatever its size.
-    """
-    ours = {shard.name for shard in plan.shards}
-    if others := sorted(path.name for path in out.glob("*.safetensors") if path.name not in ours):
-        raise CheckpointError(f"{out}: holds {', '.join(others)}, which this checkpoint has not; "
-                              "give another folder")
-    folder = out.absolute()
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{folder}: is no folder that may be written to; give another output")
-    sizes = [shard.size for shard in plan.shards if shard.name not in done]
-    sizes += [(plan.checkpoint.root / name).stat().st_size for name in extras.copied]
-    sizes += [len(text.encode()) for text in extras.texts.values()]
-    freed = sum(getattr(path.lstat(), "st_blocks", 0) * 512 for path in stale)
-    needed = sum(-(-size // PAGE) * PAGE for size in sizes)
-    return needed, shutil.disk_usage(folder).free + freed
-
-
-@contextmanager
-def locked(folder: Path):
-    """Keep other runs out of a folder, where the system and the file system know locks."""
-    if fcntl is None:
-        yield
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(number)
-        raise CheckpointError(f"{folder}: another run is writing there; let it end") from error
-    except OSError:  # some network file systems know no locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(number)
-
-
-def write_whole(path: Path, content: str | Path) -> None:
-    """Give a file new content, a text or that of another file, at once or not at all."""
-    try:
-        with naming(path), open(temporary(path), "wb") as file:
-            if isinstance(content, Path):
-                with naming(content), open(content, "rb") as original:
-                    shutil.copyfileobj(original, file)
-            else:
-                file.write(content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary(path), path)  # never into what a link at this name leads to
-    except BaseException:
-        temporary(path).unlink(missing_ok=True)
-        raise
-
-
-def publish(root: Path, out: Path, extras: Extras) -> None:
-    """Complete the output around its shards: files of the input, then those that are edited."""
-    folders = {out}
-    for relative in extras.copied:
-        target = out / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not target.parent.resolve().is_relative_to(out.resolve()):
-            raise CheckpointError(f"{target.parent}: is a link out of the output; remove it")
-        write_whole(target, root / relative)
-        folders |= {folder for folder in target.parents if folder.is_relative_to(out)}
-    for folder in sorted(folders):
-        sync_folder(folder)
-    for name, text in extras.texts.items():
-        write_whole(out / name, text)
-    sync_folder(out)
-
-
-# --- verify: an output against its input, by torch's own casts and nothing of the kernel ---
-
-REFERENCE_CHUNK = 1 << 21  # elements that a worker compares at once
+READING_VERSION = 1  # To be raised when the same tensors and the same row give other values.
+PLAUSIBLE = 1e-6, 4.0  # Root mean squares of weights.
+PLAUSIBLE_CAST = 1e-6, 32.0  # Plain casts hold embeddings, too.
+SAMPLED_WEIGHTS, SAMPLED_BYTES = 5, 64 << 10
+REFERENCE_PIECE = 1 << 20  # Elements that a worker compares at once.
 REFERENCE_DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8}
 REFERENCE_SCALES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
                     "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
                     "U8": torch.float8_e8m0fnu}
+REFERENCE_NIBBLES = {  # What each of 16 codes means.
+    "E2M1": [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6],
+    "INT4": [0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1],
+    "UINT4B8": range(-8, 8),
+}
 
 
-@functools.cache
-def reference_pairs(codes: str) -> torch.Tensor:
-    """Return the values of two codes, two float32 in an int64 each.
+def fingerprint_of(shard: Shard, worker: Worker) -> str:
+    """Return 16 hex digits that tell an input shard from others with the same header.
 
-    FP4 pairs stand in the order of their byte, others in that of the int16 that they make. They
-    come from torch's cast, which is several times slower than to look its results up.
+    They depend on how every tensor is read and on three whole pages of each that goes into the
+    shard: first, middle and last. A fine-tune may leave 98% of the codes as they were.
     """
-    if codes != "E2M1":
-        both = torch.arange(-0x8000, 0x8000).to(torch.int16)
-        return both.view(REFERENCE_DTYPES[codes]).float().view(torch.int64)
-    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    values, byte = torch.cat([values, -values]), torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], 1).view(torch.int64).flatten()
+    digest, places = hashlib.sha256(f"{READING_VERSION}".encode()), set()
+    for step in shard.steps:
+        reading = step.quantization
+        digest.update(repr((step.output, describe(reading))).encode())
+        for tensor in (step.source, reading and reading.scale, reading and reading.global_scale):
+            if tensor:
+                middle = (tensor.start + tensor.stop) // 2
+                for start in (tensor.start, middle, tensor.stop - PAGE):
+                    start = max(start, tensor.start)
+                    places.add((tensor.path, start, min(start + PAGE, tensor.stop)))
+    for path, start, stop in sorted(places):
+        page = worker.read(path, start, worker.scratch("page", stop - start))
+        digest.update(as_bytes(page))
+    return digest.hexdigest()[:16]
 
 
-def chunks(step: Step) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a tensor into (row, col, M, N) rectangles: whole rows, or a part of one.
+def has_header(path: Path, shard: Shard, header: bytes) -> bool:
+    """Return whether a file has a shard's size and begins with a header."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.size:
+        return False
+    with naming(path), open(path, "rb") as file:
+        return file.read(len(header)) == header
 
-    Elements of a weight that was quantized, bytes of others, which count as a single row.
+
+def is_ours(path: Path) -> bool:
+    """Return whether a file carries a fingerprint: only such are ever replaced."""
+    with naming(path), open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(min(size, HEADER_LIMIT))
+    return f'"{FINGERPRINT_KEY}":"'.encode() in text
+
+
+def find_implausible(plan: Plan) -> list[str]:
+    """Return a line for each kind of weights of which a sample has values that no weight has.
+
+    A misread format (an inverse scale that is multiplied, exponents read as numbers, a divisor used
+    as a factor) is wrong by orders of magnitude, in every weight of its kind. What this cannot see:
+    scales in tiles, the order of nibbles, and factors below a hundred.
     """
-    rows, cols = 1, step.stop - step.start
-    if step.quantization:
-        rows, cols = step.quantization.grid.rows, step.quantization.grid.cols
-    if rows * cols == 0:
-        return
-    height, width = max(1, REFERENCE_CHUNK // cols), min(cols, REFERENCE_CHUNK)
-    for row in range(0, rows, height):
-        for col in range(0, cols, width):
-            yield row, col, min(height, rows - row), min(width, cols - col)
+    kinds = {}
+    for step in plan.steps:
+        if step.quantization:
+            kinds.setdefault(kind_of(step), []).append(step)
+    worker, found = Worker(torch.device("cpu"), 0), []
+    for kind, steps in kinds.items():
+        leaves = {step.output.name.rpartition(".")[0].rpartition(".")[2]: step for step in steps}
+        chosen = [*leaves.values(), *steps[:: max(1, len(steps) // SAMPLED_WEIGHTS)]]
+        samples = [(step, *sample(step, worker)) for step in chosen[:SAMPLED_WEIGHTS]]
+        samples = [entry for entry in samples if entry[1] != 0]
+        if not samples:
+            continue
+        rms = statistics.median(entry[1] for entry in samples)
+        if any(math.isnan(entry[1]) for entry in samples):
+            rms = math.nan
+        low, high = PLAUSIBLE if steps[0].quantization.scale else PLAUSIBLE_CAST
+        name = samples[0][0].source.name
+        hint = ("usually an inverse scale, raw codes or a missing second scale; --verify reads the "
+                "format the same way and cannot see it")
+        if not low <= rms <= high:
+            found.append(f"{kind}: {name} and others have a root mean square of {rms:.3g}, "
+                         f"expected {low:g} to {high:g}: {hint}")
+        elif steps[0].quantization.scale and all(entry[2] for entry in samples):
+            found.append(f"{kind}: the scales of {name} and others are all 1: {hint}")
+    worker.close()
+    return found
 
 
-def batches(items: Iterable, size: int) -> Iterator[list]:
-    items = iter(items)
-    return iter(lambda: [*itertools.islice(items, size)], [])
+def sample(step: Step, worker: Worker) -> tuple[float, bool]:
+    """Return the root mean square of values from the middle of a weight, and whether all their
+    scales are 1.
+    """
+    reading = step.quantization
+    total = math.prod(reading.shape)
+    if not total:
+        return 0.0, False
+    count = min(total, SAMPLED_BYTES * kernel.FORMATS[reading.number_format].codes_per_byte)
+    start = (total - count) // 2
+    row, col, M, N = next(pieces(start, start + count, reading.grid.cols, count))
+    first_row = reading.first // reading.grid.cols
+    scales = read_scales(reading, reading.grid.scale_region(first_row + row, col, M, N), worker)
+    out = torch.empty(M * N, dtype=torch.bfloat16)
+    begin = row * reading.grid.cols + col
+    render_weight(step, begin, begin + M * N, out, worker)
+    return out.double().square().mean().sqrt().item(), bool((scales == 1).all())
 
 
-def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
-    """Return a rectangle of a dequantized weight, (M, N) bfloat16."""
-    codes, _, scale, grid, _ = step.quantization
-    start, per_byte = row * grid.cols + col, 2 if codes == "E2M1" else 1
-    place = step.source.start + start // per_byte
-    raw = worker.read(step.source.path, place, M * N // per_byte)
-    if codes != "E2M1":  # by pairs, which stand at even places
-        uneven = place % 2 or len(raw) % 2
-        raw = (torch.cat([raw, raw[: len(raw) % 2]]) if uneven else raw).view(torch.int16)
-    index = worker.scratch("index", len(raw), torch.int32).copy_(raw)
-    index += 0 if codes == "E2M1" else 0x8000
-    pairs = worker.scratch("pairs", len(index), torch.int64)
-    torch.index_select(reference_pairs(codes), 0, index, out=pairs)
-    values = pairs.view(torch.float32)[: M * N]
-    if scale is not None:
-        scales = reference_scales(step.quantization, row, col, M, N, worker)
-        values.view(M, scales.shape[1], -1).mul_(scales[:, :, None])
-    return worker.scratch("expected", M * N, torch.bfloat16).copy_(values).view(M, N)
-
-
-def reference_scales(quantization: Quantization, row: int, col: int, M: int, N: int,
-                     worker: Worker) -> torch.Tensor:
-    """Return (M, k) float32, the scales of N / k elements each in the rows of a rectangle."""
-    _, _, scale, grid, second = quantization
-
-    def read(tensor: Tensor, first: int, count: int) -> torch.Tensor:
-        return worker.read_scale(tensor, first, count).view(REFERENCE_SCALES[tensor.dtype]).float()
-
-    together = math.gcd(N, col, grid.block_cols) if grid.block_cols < grid.cols else N
-    rows, cols = torch.arange(row, row + M), torch.arange(col, col + N, together) // grid.block_cols
-    part, per_part = rows // grid.part, -(-grid.part // grid.block_rows)
-    rows = part * per_part + rows % grid.part // grid.block_rows
-    width = -(-grid.cols // grid.block_cols)
-    first_row, first_col = rows[0].item(), cols[0].item()
-    height, taken = rows[-1].item() + 1 - first_row, cols[-1].item() + 1 - first_col
-    scales = read(scale, first_row * width + first_col, height * taken).view(height, taken)
-    if second is not None:
-        parts = torch.zeros(height, dtype=torch.int64)
-        if math.prod(second.shape) > 1:
-            parts = torch.arange(first_row, first_row + height) // per_part
-        first_part = parts[0].item()
-        factors = read(second, first_part, parts[-1].item() + 1 - first_part)
-        factors = factors[parts - first_part].view(-1, 1)
-        scales = scales / factors if is_divisor(second) else scales * factors
-    return scales[rows - first_row][:, cols - first_col]
-
-
-def find_differences(job: Job, plan: Plan, out: Path, texts: dict[str, str],
-                     workers: int) -> list[str]:
+def find_differences(plan: Plan, out: Path, texts: dict[str, str], workers: int,
+                     ranks: Ranks) -> list[str]:
     """Return in what an output, whoever made it, is not the plan's: a line for each difference.
 
-    Ranks share the reading, and rank 0 gets all that they find.
-    How tensors are spread over shards is free, and so are the order and padding of headers and the
-    payload of a NaN.
+    How tensors are spread over shards is free, and so are the order and padding of headers, the
+    fingerprint, and the payload of a NaN. Each rank looks at the values of its own shards, and
+    rank 0 at the rest.
     """
-    result = load_checkpoint(out)
+    result = load_checkpoint(out, consistent=False)
     comparable, found = compare_headers(plan, result)
-    found += differing_texts(result, texts)
-    steps = [(shard, step) for shard in plan.shards for step in shard.steps
-             if step.name in comparable]
-    first, lock = {}, threading.Lock()  # the first difference of each tensor
+    if ranks.rank == 0:
+        found += differing_texts(result, texts, plan.checkpoint.index_name)
+    else:
+        found = []
+    mine = shards_of_rank(plan.shards, ranks.rank, ranks.count)
+    first, lock = {}, threading.Lock()  # The first difference of each tensor.
 
-    def compare(worker: Worker, shard: Shard, step: Step, rectangle: tuple[int, ...]) -> int:
-        row, col, M, N = rectangle
-        earlier = step.name in first and first[step.name][0] < row * N + col
-        difference = None
-        if not earlier:
-            difference = compare_chunk(step, comparable[step.name], rectangle, worker)
+    def compare(worker: Worker, shard: Shard, step: Step, piece: tuple[int, ...]) -> int:
+        difference = compare_piece(step, comparable[step.output.name], piece, worker)
         if difference:
             with lock:
-                first[step.name] = min(first.get(step.name, difference), difference)
-        return M * N * (2 if step.quantization else 1)
+                name = step.output.name
+                first[name] = min(first.get(name, difference), difference)
+        return piece[2] * piece[3] * element_size(step.output)
 
-    tasks = job.claimed("rectangles", ((*place, rectangles) for place in steps
-                                       for rectangles in batches(chunks(place[1]), SPAN)))
-    tasks = ((shard, step, one) for shard, step, rectangles in tasks for one in rectangles)
+    steps = [(shard, step) for shard in mine for step in shard.steps
+             if step.output.name in comparable]
+    tasks = ((shard, step, piece) for shard, step in steps for piece in
+             pieces(0, math.prod(step.output.shape), cols_of(step), REFERENCE_PIECE))
     pool = [Worker(torch.device("cpu"), 0) for _ in range(workers)]
-    size = sum(step.stop - step.start for _, step in steps)
-    run_workers(job, "verifying", pool, tasks, compare, size)
-    firsts = {}
-    for part in job.gather("differences", first):
-        for name, difference in part.items():
-            firsts[name] = min(firsts.get(name, (*difference,)), (*difference,))
-    for name, (element, got, expected) in sorted(firsts.items()):
-        place = []
-        for size in reversed(comparable[name].shape):
-            element, at = divmod(element, size)
-            place.insert(0, at)
-        found.append(f"{name}: element {place} is {got}, expected {expected}")
+    size = sum(step.output.stop - step.output.start for _, step in steps)
+    run_workers("verifying", pool, tasks, compare, size, ranks.rank > 0)
+    for name, (element, got, expected) in sorted(first.items()):
+        place = torch.unravel_index(torch.tensor(element), comparable[name].shape)
+        found.append(f"{name}: element {[at.item() for at in place]} is {got}, expected {expected}")
     return found
+
+
+def cols_of(step: Step) -> int:
+    return step.quantization.grid.cols if step.quantization else math.prod(step.output.shape)
+
+
+def element_size(tensor: Tensor) -> int:
+    return (tensor.stop - tensor.start) // max(1, math.prod(tensor.shape)) or 1
 
 
 def compare_headers(plan: Plan, result: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of an output that are of the planned dtype and shape, and what differs."""
-    planned = {step.name: step for shard in plan.shards for step in shard.steps}
+    planned = {step.output.name: step.output for step in plan.steps}
     found = [f"{name}: is missing" for name in planned if name not in result.tensors]
     found += [f"{name}: is not expected, in {tensor.path.name}"
               for name, tensor in result.tensors.items() if name not in planned]
     comparable = {name: tensor for name, tensor in result.tensors.items() if name in planned}
     for name, tensor in list(comparable.items()):
-        source, quantization = planned[name].source, planned[name].quantization
-        expected = ("BF16", quantization.shape) if quantization else (source.dtype, source.shape)
-        if (tensor.dtype, tensor.shape) != expected:
+        expected = planned[name]
+        if (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
             del comparable[name]
             found.append(f"{name}: is {tensor.dtype} {list(tensor.shape)}, expected "
-                         f"{expected[0]} {list(expected[1])}")
+                         f"{expected.dtype} {list(expected.shape)}")
     return comparable, found
 
 
-def compare_chunk(step: Step, tensor: Tensor, rectangle: tuple[int, ...],
+def compare_piece(step: Step, tensor: Tensor, piece: tuple[int, ...],
                   worker: Worker) -> tuple[int, str, str] | None:
-    """Return the first element that differs in a part of a tensor, and how both read, or None."""
-    row, col, M, N = rectangle
+    """Return the first element that differs in a piece of a tensor, and how both read, or None."""
+    row, col, M, N = piece
+    start, size = row * cols_of(step) + col, element_size(tensor)
+    got = worker.read(tensor.path, tensor.start + start * size,
+                      worker.scratch("got", M * N * size)).view(-1, size)
     if step.quantization is None:
-        size = step.stop - step.start
-        element = size // max(1, math.prod(tensor.shape)) or 1
-        got = worker.read(tensor.path, tensor.start + col, N, "got")
-        expected = worker.read(step.source.path, step.source.start + col, N)
-        if torch.equal(*in_words(got, expected)):
-            return None
-        at = (got != expected).nonzero()[0].item() // element * element
-        values = (bytes(data[at : at + element].tolist()[::-1]).hex() for data in (got, expected))
-        return (col + at) // element, *(f"0x{value}" for value in values)
-    start = row * step.quantization.grid.cols + col
-    got = worker.read(tensor.path, tensor.start + 2 * start, 2 * M * N, "got")
-    expected = reference(step, row, col, M, N, worker).flatten()
-    if torch.equal(*in_words(got, expected.view(torch.uint8))):
+        expected = worker.read(step.source.path, step.source.start + start * size,
+                               worker.scratch("expected", M * N * size)).view(-1, size)
+        differs = (got != expected).any(1)
+        read = lambda data: f"0x{bytes(data.tolist()[::-1]).hex()}"  # noqa: E731
+    else:
+        got = got.flatten().view(torch.bfloat16)
+        expected = reference(step, row, col, M, N, worker).flatten()
+        differs = got.view(torch.int16) != expected.view(torch.int16)
+        differs &= ~(got.isnan() & expected.isnan())
+        read = lambda value: str(value.item())  # noqa: E731
+    if not differs.any():
         return None
-    got = got.clone().view(torch.bfloat16)
-    differs = got.view(torch.int16) != expected.view(torch.int16)
-    places = (differs & ~(got.isnan() & expected.isnan())).nonzero()
-    if not len(places):
-        return None
-    at = places[0].item()
-    return start + at, str(got[at].item()), str(expected[at].item())
+    at = differs.nonzero()[0].item()
+    return start + at, read(got[at]), read(expected[at])
 
 
-def in_words(*parts: torch.Tensor) -> Iterable[torch.Tensor]:
-    """Return bytes as int64, if all fill those, which compare faster."""
-    uneven = any(len(part) % 8 or part.storage_offset() % 8 for part in parts)
-    return parts if uneven else (part.view(torch.int64) for part in parts)
+def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
+    """Return a piece of a weight by the definition of its format, (M, N) bfloat16.
+
+    It is torch's own cast of the codes to float32, or a table of 16 values, times the scale of each
+    element, rounded to BF16. Nothing of kernel.py is used but the numbers of the grid.
+    """
+    reading = step.quantization
+    grid, name = reading.grid, reading.number_format
+    per_byte = 2 if name in REFERENCE_NIBBLES else 1
+    begin = row * reading.packed_cols + col
+    end = (row + M - 1) * reading.packed_cols + col + N
+    raw = worker.read(step.source.path, step.source.start + begin // per_byte,
+                      worker.scratch("codes", ceil_div(end, per_byte) - begin // per_byte))
+    if per_byte == 2:
+        nibbles = torch.stack([raw & 15, raw >> 4], 1).flatten()[begin % 2 :][: end - begin]
+        values = torch.tensor([*REFERENCE_NIBBLES[name]]).float()[nibbles.int()]
+    else:
+        values = raw.view(REFERENCE_DTYPES[name]).float()
+    values = values.as_strided((M, N), (reading.packed_cols, 1))
+    if reading.scale is None:
+        return values.bfloat16()
+    rows = torch.arange(row, row + M) + reading.first // grid.cols
+    slabs = rows // grid.slab_rows
+    rows = slabs * ceil_div(grid.slab_rows, grid.block_rows) + rows % grid.slab_rows // grid.block_rows
+    cols = torch.arange(col, col + N) // grid.block_cols
+    scales = reference_scales(reading, rows[0].item(), rows[-1].item() + 1, worker)
+    scales = scales[(rows - rows[0])[:, None], cols]
+    return (values / scales if reading.row.inverse else values * scales).bfloat16()
 
 
-def differing_texts(result: Checkpoint, texts: dict[str, str]) -> Iterator[str]:
+def reference_scales(reading: Quantization, top: int, bottom: int, worker: Worker) -> torch.Tensor:
+    """Return whole rows [top, bottom) of a weight's scales, float32."""
+
+    def read(tensor: Tensor, first: int, count: int) -> torch.Tensor:
+        size = element_size(tensor)
+        raw = torch.empty(count * size, dtype=torch.uint8)
+        worker.read(tensor.path, tensor.start + first * size, raw)
+        return raw.view(REFERENCE_SCALES[tensor.dtype]).float()
+
+    width = ceil_div(reading.grid.cols, reading.grid.block_cols)
+    scales = read(reading.scale, top * width, (bottom - top) * width).view(-1, width)
+    if reading.global_scale is None:
+        return scales
+    factors = read(reading.global_scale, 0, math.prod(reading.global_scale.shape))
+    each = reading.grid.scale_shape[0] // len(factors)
+    factors = factors[torch.arange(top, bottom) // each][:, None]
+    return scales / factors if reading.row.divides else scales * factors
+
+
+def differing_texts(result: Checkpoint, texts: dict[str, str], index_name: str) -> Iterator[str]:
     """Yield what is wrong with the index, the config and the parameters of an output."""
     for name, value in ((CONFIG_NAME, result.config), (PARAMS_NAME, result.params)):
         planned = json.loads(texts[name]) if name in texts else None
         for place, got, expected in differing_values(value, planned):
             yield f"{name}: {place or 'the file'} is {got}, expected {expected}"
-    if result.index is None and INDEX_NAME in texts:
-        yield f"{INDEX_NAME}: is missing"
-    if result.index is not None:
-        weight_map = result.index["weight_map"]
-        for name, tensor in result.tensors.items():
-            if weight_map.get(name) != tensor.path.name:
-                yield f"{INDEX_NAME}: has {name} not in {tensor.path.name}, where it is"
-        metadata = result.index.get("metadata")
-        total = metadata.get("total_size") if isinstance(metadata, dict) else None
-        size = sum(tensor.stop - tensor.start for tensor in result.tensors.values())
-        if total != size:
-            yield f"{INDEX_NAME}: total_size is {total}, expected {size}"
+    if result.index is None:
+        if index_name in texts:
+            yield f"{index_name}: is missing"
+        return
+    weight_map = result.index["weight_map"]
+    for name, tensor in result.tensors.items():
+        if weight_map.get(name) != tensor.path.name:
+            yield f"{result.index_name}: has {name} not in {tensor.path.name}, where it is"
+    for name, shard in weight_map.items():
+        if name not in result.tensors:
+            yield f"{result.index_name}: has {name} in {shard}, where it is not"
+    metadata = result.index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    size = sum(tensor.stop - tensor.start for tensor in result.tensors.values())
+    if total != size:
+        yield f"{result.index_name}: total_size is {total}, expected {size}"
 
 
 def differing_values(got, expected, place: str = "") -> Iterator[tuple[str, str, str]]:
@@ -1775,35 +1960,331 @@ def differing_values(got, expected, place: str = "") -> Iterator[tuple[str, str,
             yield place, got[:200], expected[:200]
 
 
+# --- publish: the files beside the shards; config and index last, which say that all is there ---
+
+DTYPE_KEYS = ["torch_dtype", "dtype"]
+# Files that only a quantized checkpoint needs; a loader would take the output for quantized.
+QUANTIZATION_FILES = [NVIDIA_CONFIG_NAME, "quantization_config.json", "quant_cfg.json",
+                      "quanto_qmap.json", "quant_model_description*.json"]
+# Weights in other formats or of another set.
+WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pth", "*.gguf",
+                "*.h5", "*.msgpack", "*.tmp"]
+RANKS_NAME = "fp8_cast_bf16.ranks"  # While ranks work it holds what their plans have in common.
+
+
+def bf16_config(value):
+    """Return a config, or a part of one, that describes plain BF16 weights."""
+    if isinstance(value, list):
+        return [bf16_config(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: "bfloat16" if key in DTYPE_KEYS and isinstance(item, str) else bf16_config(item)
+        for key, item in value.items()
+        if key not in QUANTIZATION_KEYS
+    }
+
+
+def bf16_texts(plan: Plan) -> dict[str, str]:
+    """Return the JSON files of the output by name, the index last, where the input has them."""
+    checkpoint, values = plan.checkpoint, {}
+    if checkpoint.params is not None:
+        unwanted = ["quantization", *QUANTIZATION_KEYS]
+        values[PARAMS_NAME] = {k: v for k, v in checkpoint.params.items() if k not in unwanted}
+    if checkpoint.config is not None:
+        values[CONFIG_NAME] = config = bf16_config(checkpoint.config)
+        empty = [key for key in DTYPE_KEYS if key in config and config[key] is None]
+        config |= dict.fromkeys(empty[:1], "bfloat16")
+    if checkpoint.index is not None:
+        metadata = checkpoint.index.get("metadata")
+        size = sum(step.output.stop - step.output.start for step in plan.steps)
+        weight_map = {step.output.name: str(step.output.path) for step in plan.steps}
+        values[checkpoint.index_name] = {
+            **checkpoint.index,
+            "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": size},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+    return {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """What stands beside the shards, by path from the root: files to copy, to leave, to edit."""
+
+    copied: list[str]
+    left_out: list[str]
+    texts: dict[str, str]
+
+
+def find_side_files(plan: Plan) -> SideFiles:
+    """Decide what becomes of the files beside the shards.
+
+    Left out are weight files, unfinished files, and what is no plain file of the checkpoint.
+    """
+    copied, left_out, root = [], [], plan.checkpoint.root
+    edited = [plan.checkpoint.index_name, CONFIG_NAME, PARAMS_NAME]
+    for folder, folders, names in os.walk(root, onerror=raise_error):
+        folders[:] = sorted(name for name in folders if name not in TOOL_FOLDERS)
+        for name in sorted(names + folders):
+            path = Path(folder, name)
+            relative = path.relative_to(root).as_posix()
+            unwanted = any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES)
+            taken = relative in edited or any(
+                fnmatch.fnmatch(relative, pattern) for pattern in QUANTIZATION_FILES)
+            if name in folders:
+                if unwanted or taken or path.is_symlink():
+                    folders.remove(name)
+                    left_out.append(relative)
+            elif taken or relative in plan.checkpoint.shards:
+                continue
+            elif unwanted or not is_plain(path, root):
+                left_out.append(relative)
+            elif not os.access(path, os.R_OK):
+                raise CheckpointError(f"{path}: may not be read; it would be missing in the output")
+            else:
+                copied.append(relative)
+    return SideFiles(copied, left_out, bf16_texts(plan))
+
+
+def raise_error(error: OSError) -> None:
+    raise error
+
+
+@dataclass(frozen=True)
+class OutputState:
+    """What an output folder holds, and what is to be done about it.
+
+    done: shards that are as planned. replaced: those of an earlier run that are not. stale: files
+    that must go, what makes loaders take the output for complete first. needed, free: bytes.
+    """
+
+    done: set[str]
+    replaced: list[str]
+    stale: list[Path]
+    complete: bool
+    needed: int
+    free: int
+
+
+def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> OutputState:
+    """Look at an output folder. Raises CheckpointError where the output cannot be made there."""
+    shards = {shard.name: shard for shard in plan.shards}
+    foreign = sorted(path.name for path in out.glob("*.safetensors") if path.name not in shards)
+    if foreign:
+        raise CheckpointError(f"{out}: holds {', '.join(foreign)}, which this checkpoint does not "
+                              "have; give another folder")
+    there = [shards[name] for name in sorted(shards) if os.path.lexists(out / name)]
+    for path in (out / shard.name for shard in there):
+        if path.is_symlink() or not path.is_file() or not is_ours(path):
+            raise CheckpointError(f"{path}: was not written by this version of this program; check "
+                                  "it with --verify, and delete it to convert it anew")
+    done = find_done(there, out, workers)
+    names = [*side.texts, CONFIG_NAME, PARAMS_NAME, INDEX_NAME, *QUANTIZATION_FILES]
+    stale = [path for name in dict.fromkeys(names) for path in sorted(out.glob(name))]
+    stale += sorted(out.glob(f"*{TEMPORARY_SUFFIX}")) + sorted(out.glob(RANKS_NAME))
+    stale += [path for name in side.copied if (path := temporary(out / name)).exists()]
+    check_places(out, [*side.texts, *side.copied], stale)
+    root = plan.checkpoint.root
+    complete = (
+        len(done) == len(shards)
+        and {*stale} == {out / name for name in side.texts}
+        and all((out / name).read_bytes() == text.encode() for name, text in side.texts.items())
+        and all((out / name).is_file() and filecmp.cmp(root / name, out / name, shallow=False)
+                for name in side.copied)
+    )
+    replaced = [shard.name for shard in there if shard.name not in done]
+    sizes = [shard.size for shard in plan.shards if shard.name not in done]
+    sizes += [(root / name).stat().st_size for name in side.copied]
+    sizes += [len(text.encode()) for text in side.texts.values()]
+    freed = sum(getattr(path.lstat(), "st_blocks", 0) * 512
+                for path in [*stale, *(out / name for name in replaced)])
+    needed = 0 if complete else sum(ceil_div(size, PAGE) * PAGE for size in sizes)
+    return OutputState(done, replaced, [*dict.fromkeys(stale)], complete, needed,
+                       shutil.disk_usage(existing(out)).free + freed)
+
+
+def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
+    """Return the names of shards in the output whose size and header are the planned ones."""
+    done = set()
+
+    def check(worker: Worker, shard: Shard) -> int:
+        if has_header(out / shard.name, shard, shard.sealed(fingerprint_of(shard, worker))):
+            done.add(shard.name)
+        return shard.size
+
+    shards = [shard for shard in shards if (out / shard.name).stat().st_size == shard.size]
+    if shards:
+        pool = [Worker(torch.device("cpu"), 0) for _ in range(workers)]
+        run_workers("checking", pool, ((shard,) for shard in shards), check,
+                    sum(shard.size for shard in shards), quiet=True)
+    return done
+
+
+def existing(folder: Path) -> Path:
+    """Return the nearest folder above that exists."""
+    folder = folder.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return folder
+
+
+def check_places(out: Path, names: list[str], stale: list[Path]) -> None:
+    """Raise CheckpointError where something in the output is in the way of a file."""
+    folder = existing(out)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{folder}: is not a writable directory; give another output")
+    for path in [*stale, *(out / name for name in names)]:
+        if path.is_dir() and not path.is_symlink():
+            raise CheckpointError(f"{path}: is a folder; remove it or give another output")
+        if not path.parent.resolve().is_relative_to(out.resolve()):
+            raise CheckpointError(f"{path.parent}: is a link out of the output; remove it")
+        above = next(p for p in path.parents if os.path.lexists(p))
+        if not above.is_dir():
+            raise CheckpointError(f"{above}: is in the place of a folder; remove it")
+
+
+@contextmanager
+def locked(folder: Path):
+    """Keep other runs out of a folder, where the system and the file system know locks."""
+    if fcntl is None:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(number)
+        raise CheckpointError(f"{folder}: another run is writing there; let it end") from error
+    except OSError:  # Some network file systems know no locks.
+        pass
+    try:
+        yield
+    finally:
+        os.close(number)
+
+
+def write_whole(path: Path, content: str | Path) -> None:
+    """Give a file new content, a text or that of another file, at once or not at all."""
+    try:
+        with naming(path), open(temporary(path), "wb") as file:
+            if isinstance(content, Path):
+                with naming(content), open(content, "rb") as original:
+                    shutil.copyfileobj(original, file)
+            else:
+                file.write(content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary(path), path)  # Never into what a link at this name leads to.
+    except BaseException:
+        temporary(path).unlink(missing_ok=True)
+        raise
+
+
+def publish(root: Path, out: Path, side: SideFiles) -> None:
+    """Complete the output around its shards: files of the input, then those that are edited."""
+    folders = {out}
+    for relative in side.copied:
+        target = out / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, root / relative)
+        folders |= {folder for folder in target.parents if folder.is_relative_to(out)}
+    for folder in sorted(folders):
+        sync_folder(folder)
+    for name, text in side.texts.items():
+        write_whole(out / name, text)
+    sync_folder(out)
+
+
+# --- ranks: the processes of torchrun, which share nothing but the output folder ---
+
+POLL = 0.5  # Seconds between looks at what other ranks do.
+PATIENCE, STALLED = 60, 1800  # Seconds to wait for rank 0's plan, and for any sign of the others.
+
+
+def find_ranks() -> Ranks:
+    """Return which of torchrun's processes this is; a process that one of those started is none."""
+    environment = os.environ
+    with suppress(OSError):
+        parent = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        if any(entry.startswith(b"TORCHELASTIC_RUN_ID=") for entry in parent):
+            environment = {}
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return Ranks()
+    return Ranks(*(int(environment[name])
+                   for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+
+
+def await_plan(out: Path, digest: str, rank: int) -> None:
+    """Return once rank 0 has prepared the output for the plan that this rank has, too."""
+    began, other = time.monotonic(), None
+    while (found := read_digest(out)) != digest:
+        if found != other:
+            began, other = time.monotonic(), found
+        if other and time.monotonic() - began > PATIENCE:
+            raise CheckpointError(f"{out}: rank {rank} has the plan {digest}, rank 0 has {other}; "
+                                  "give all ranks the same input and the same version")
+        time.sleep(POLL)
+
+
+def read_digest(out: Path) -> str | None:
+    try:
+        return (out / RANKS_NAME).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def await_shards(shards: list[Shard], out: Path) -> None:
+    """Return once the shards of other ranks have their names and their planned headers."""
+    worker, left = Worker(torch.device("cpu"), 0), list(shards)
+    headers, told, sign, seen = {}, time.monotonic(), time.monotonic(), None
+    while True:
+        for shard in [*left]:
+            path = out / shard.name
+            if path.is_file() and path.stat().st_size == shard.size:
+                if shard.name not in headers:
+                    headers[shard.name] = shard.sealed(fingerprint_of(shard, worker))
+                if has_header(path, shard, headers[shard.name]):
+                    left.remove(shard)
+        if not left:
+            worker.close()
+            return
+        now, blocks = time.monotonic(), [(len(left))]
+        for path in out.glob(f"*{TEMPORARY_SUFFIX}"):
+            with suppress(FileNotFoundError):
+                blocks.append((path.name, path.stat().st_mtime_ns))
+        if blocks != seen:
+            sign, seen = now, blocks
+        if now - sign > STALLED:
+            raise CheckpointError(f"{out}: {len(left)} shards of other ranks do not grow any more "
+                                  f"({left[0].name}); start the same command again")
+        if now - told > 30:
+            told = now
+            say(f"Waiting for {len(left)} shards of other ranks")
+        time.sleep(POLL)
+
+
 # --- command line ---
 
 
-FORMATS_HELP = """
-| format                                  | weight and scale             | tested with torch and   |
-|-----------------------------------------|------------------------------|-------------------------|
-| DeepSeek-V3, Kimi-K2, Qwen3, Mistral    | F8, `_scale_inv`             | transformers 5.23       |
-| AutoFP8, ModelOpt, fbgemm, auto-round   | F8, `weight_scale`, `_scale` |                         |
-| compressed-tensors FP8                  | F8, `weight_scale`           | compressed-tensors 0.20 |
-| torchao                                 | F8 in `_weight_qdata`        |                         |
-| ComfyUI scaled, Mistral consolidated    | `scale_weight`, `qscale_...` |                         |
-| MXFP8                                   | F8, E8M0 (or U8) per 32      | compressed-tensors 0.20 |
-| DeepSeek-V4 experts, MXFP4              | FP4 pairs, E8M0 per 32       | transformers 5.23       |
-| NVFP4                                   | FP4 pairs, F8 per 16, F32    | compressed-tensors 0.20 |
-| INT8                                    | I8, floats                   |                         |
-| plain FP8 cast                          | F8, none                     |                         |
-"""
-
-
-class UsageError(ValueError):
-    """The arguments cannot be meant as they are given."""
-
-
-def say(text: str) -> None:
-    print(printable(text), flush=True)
+def formats_table() -> str:
+    """Return the table of formats as --help and the README show it."""
+    lines = [("format", "weight", "scales", "under the methods"), ("---",) * 4]
+    for row in [*FORMATS, PLAIN_CAST]:
+        weight = row.weight.replace("{}", "X").replace("\\", "").replace("?:", "")
+        scales = " ".join(f"`{name.replace('{}', 'X')}`"
+                          for name in (row.scale, row.global_scale) if name)
+        container = "/".join(sorted(row.containers)) if row.containers != F8 else "F8"
+        methods = "any" if row.containers <= F8 else ", ".join(sorted(row.methods)) or "none"
+        lines.append((row.title, f"{container} `{weight}`", scales, methods))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def sized(count: int) -> str:
     return tqdm.format_sizeof(count, "B")
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
@@ -1811,7 +2292,7 @@ def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
 
     Ranks on one machine share out its GPUs, unless the argument has a number.
     """
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", name):
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,4})?", name):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     cpu, count = torch.device("cpu"), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu":
@@ -1819,13 +2300,13 @@ def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
     if name == "auto" and not count:
         return cpu, "torch sees no CUDA device"
     number = int(name[5:]) if name[5:] else local_rank % max(1, count)
-    device = torch.device("cuda", number)
     try:
-        if device.index >= count:
+        if number >= count:
             raise UsageError(f"torch sees {count} CUDA devices")
+        device = torch.device("cuda", number)
         probe = torch.zeros(1, 1, dtype=torch.uint8), torch.ones(1, 1)
         kernel.weight_dequant(*(tensor.to(device) for tensor in probe))
-    except Exception as error:  # no Triton, no compiler for it, a GPU that it does not know, ...
+    except Exception as error:  # No Triton, no compiler for it, a GPU that it does not know, ...
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         if name == "auto":
             return cpu, f"the CUDA device does not work: {problem}"
@@ -1840,7 +2321,8 @@ def check_folders(source: Path, out: Path, report: Path | None) -> None:
             if folder == outer.resolve() or (
                 folder.exists() and outer.exists() and folder.samefile(outer)
             ):
-                raise UsageError(f"{out}: input and output must lie apart, neither in the other")
+                raise UsageError(f"{out}: the output must not lie in the input, nor the input in "
+                                 "the output")
     if report is not None:
         folder = report.resolve().parent
         if report.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
@@ -1849,154 +2331,66 @@ def check_folders(source: Path, out: Path, report: Path | None) -> None:
             raise UsageError(f"--report {report}: give a path outside of input and output")
 
 
-def main(fp8_path: str | Path, bf16_path: str | Path, *, device: str = "auto",
-         workers: int | None = None, missing_scale: str = "keep", dry_run: bool = False,
-         verify: bool = False, report: str | Path | None = None) -> None:
-    """Convert the FP8 checkpoint in one folder into a BF16 checkpoint in another.
+@dataclass
+class Report:
+    """All that a run has found and done; --report writes it as JSON."""
 
-    device: "auto", "cpu", "cuda" or "cuda:N". workers: threads, each with buffers of 1.5 windows;
-    by default two per core, 4 to 16. missing_scale: "keep", "cast" or "error", as in make_plan.
-    dry_run: only print what would be done. verify: only compare an existing output with what it
-    should be. report: a file for a JSON record of it all.
+    options: dict
+    versions: dict[str, str] = field(default_factory=dict)
+    input: dict[str, int] = field(default_factory=dict)
+    output: dict[str, int] = field(default_factory=dict)
+    dequantized: dict[str, int] = field(default_factory=dict)
+    copied: int = 0
+    dropped: int = 0
+    dropped_scales_of_no_weight: list[str] = field(default_factory=list)
+    kept_in_fp8: dict[str, str] = field(default_factory=dict)
+    cast_with_scale_1: list[str] = field(default_factory=list)
+    files_left_out: list[str] = field(default_factory=list)
+    implausible: list[str] = field(default_factory=list)
+    shards_already_there: list[str] = field(default_factory=list)
+    complete: bool = False
+    bytes_written: int = 0
+    nonfinite: dict[str, dict[str, int]] = field(default_factory=dict)
+    differences: list[str] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    Raises CheckpointError for what is wrong with the checkpoint or a verified output, OSError for
-    the disk, UsageError for the arguments. Until all is there, the output holds no index and no
-    config.
-    """
-    began = time.perf_counter()
-    source, out, report = Path(fp8_path), Path(bf16_path), Path(report) if report else None
-    job = Job()
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(16, max(4, 2 * (cores or 1) // job.local_size))
-    if workers < 1:
-        raise UsageError(f"--workers {workers}: expected a positive number")
-    if missing_scale not in MISSING_SCALE:
-        raise UsageError(f"--missing-scale {missing_scale}: expected {', '.join(MISSING_SCALE)}")
-    if dry_run and verify:
-        raise UsageError("--dry-run and --verify: expected one of them")
-    check_folders(source, out, report)
-    chosen, why = pick_device("cpu" if verify else device, job.local_rank)
-    if job.rank == 0:
-        ranks = f", {job.size} ranks" if job.size > 1 else ""
-        say(f"Device: {chosen} ({why}), {workers} workers{ranks}")
-    plan = make_plan(load_checkpoint(source), missing_scale)
-    job.agree(plan)
-    extras = find_extras(plan)
-    record = describe(plan, extras, missing_scale)
-    if job.rank == 0:
-        tell_plan(record)
-    if verify:
-        record["differences"] = find_differences(job, plan, out, extras.texts, workers)
-        record["seconds"] = {}
-    else:
-        record |= convert(job, plan, out, extras, chosen, workers, dry_run)
-    if job.rank > 0:
-        return
-    record["seconds"]["total"] = time.perf_counter() - began
-    if report is not None:
-        options = {"input": str(source), "output": str(out), "device": str(chosen),
-                   "workers": workers, "missing_scale": missing_scale, "dry_run": dry_run,
-                   "verify": verify}
-        record = {"options": options, "versions": versions(), **record}
-        write_whole(report, json.dumps(record, indent=2) + "\n")
-    if verify:
-        tell_verified(record, out)
-    elif not dry_run:
-        tell_converted(record)
+    def describe(self, plan: Plan, side: SideFiles) -> None:
+        steps, tensors = [*plan.steps], plan.checkpoint.tensors.values()
+        missing = [tensor.name for tensor in plan.reading.missing]
+        self.input = {"shards": len(plan.checkpoint.shards), "tensors": len(tensors),
+                      "bytes": sum(tensor.stop - tensor.start for tensor in tensors)}
+        self.output = {"shards": len(plan.shards), "tensors": len(steps), "bytes": plan.size}
+        kinds = Counter(kind_of(step) for step in steps if step.quantization)
+        self.dequantized = dict(kinds.most_common())
+        self.copied = len(steps) - sum(kinds.values())
+        self.dropped = len(plan.reading.dropped)
+        self.dropped_scales_of_no_weight = [tensor.name for tensor in plan.reading.orphans]
+        kept = missing if plan.missing_scale == "keep" else []
+        self.kept_in_fp8 = dict.fromkeys(kept, "no scale")
+        self.cast_with_scale_1 = missing if plan.missing_scale == "cast" else []
+        self.files_left_out = side.left_out
+
+    def save(self, path: Path) -> None:
+        record = {key: value for key, value in asdict(self).items() if value is not None}
+        record |= record.pop("nonfinite")
+        write_whole(path, json.dumps(record, indent=2) + "\n")
 
 
-def convert(job: Job, plan: Plan, out: Path, extras: Extras, device: torch.device, workers: int,
-            dry_run: bool) -> dict:
-    """Make the output of a plan, or what is missing of it; return a record of what was done.
-
-    Rank 0 looks after the folder: what is there, what must go, and what completes it.
-    """
-    with ExitStack() as stack:
-        todo, known = None, {}
-        if job.rank == 0:
-            done, complete = preflight(job, plan, out, extras, workers)
-            known = {"shards_already_there": sorted(done), "complete": complete}
-            if not (complete or dry_run):
-                todo = [shard.name for shard in plan.shards if shard.name not in done]
-                out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(out))
-                for path in find_stale(plan, out, done, extras):
-                    path.unlink(missing_ok=True)
-                sync_folder(out)
-        todo = job.share("todo", todo)
-        shards = [shard for shard in plan.shards if shard.name in (todo or ())]
-        pool = [Worker(device, WINDOW) for _ in range(workers)] if shards else []
-        if shards:
-            write_shards(job, shards, out, pool, WINDOW)
-        if job.rank == 0 and todo is not None:
-            publish(plan.checkpoint.root, out, extras)
-    specials, seconds = Counter(), Counter(dict.fromkeys(PHASES, 0.0))
-    for worker in pool:
-        specials.update(worker.specials)
-        seconds.update(worker.seconds)
-    counts = {kind: {name: n for (name, what), n in specials.items() if what == kind}
-              for kind in SPECIALS}
-    for other_counts, other_seconds in job.gather("counts", (counts, seconds))[1:]:
-        seconds.update(other_seconds)
-        for kind in SPECIALS:
-            counts[kind] = Counter(counts[kind]) + Counter(other_counts[kind])
-    written = sum(shard.size for shard in shards)
-    return {**known, "bytes_written": written, **counts, "seconds": dict(seconds)}
-
-
-def preflight(job: Job, plan: Plan, out: Path, extras: Extras, workers: int) -> tuple[set, bool]:
-    """Return which shards are there already, and whether everything is.
-
-    Prints what is missing and what there is room for. Raises CheckpointError if it does not fit.
-    """
-    done = find_done(job, plan, out, workers)
-    stale = find_stale(plan, out, done, extras)
-    needed, free = measure_space(plan, out, done, stale, extras)
-    complete = is_complete(plan, out, done, stale, extras)
-    if done:
-        say(f"Already there: {len(done)} of {len(plan.shards)} shards")
-    say(f"Space: {sized(0 if complete else needed)} to write, {sized(free)} free; memory: {workers}"
-        f" workers, at most {sized(WORKER_MEMORY)} each")
-    if needed > free and not complete:
-        raise CheckpointError(f"{out}: there is {sized(needed - free)} too little space for it; "
-                              "free some or give another output")
-    return done, complete
-
-
-def describe(plan: Plan, extras: Extras, missing_scale: str) -> dict:
-    """Return what a plan does, as a record that JSON can hold."""
-    steps = [step for shard in plan.shards for step in shard.steps]
-    dequantized = [step.quantization for step in steps if step.quantization]
-    tensors = plan.checkpoint.tensors.values()
-    missing = [tensor.name for tensor in plan.missing]
-    return {
-        "input": {"shards": len(plan.checkpoint.shards), "tensors": len(tensors),
-                  "bytes": sum(tensor.stop - tensor.start for tensor in tensors)},
-        "output": {"shards": len(plan.shards), "tensors": len(steps), "bytes": plan.size},
-        "dequantized": dict(Counter(map(kind_of, dequantized)).most_common()),
-        "copied": len(steps) - len(dequantized),
-        "dropped": len(plan.dropped),
-        "dropped_scales_of_no_weight": [tensor.name for tensor in plan.orphans],
-        "kept_in_fp8": dict.fromkeys(missing, "no scale") if missing_scale == "keep" else {},
-        "cast_with_scale_1": missing if missing_scale == "cast" else [],
-        "files_left_out": extras.left_out,
-    }
-
-
-def kind_of(quantization: Quantization) -> str:
+def kind_of(step: Step) -> str:
     """Return the format of a weight in words."""
-    codes, _, scale, grid, second = quantization
-    if scale is None:
-        return f"{codes} without a scale"
+    reading = step.quantization
+    if reading.scale is None:
+        return f"{reading.number_format} without a scale"
+    grid = reading.grid
     block = f"{grid.block_rows}x{grid.block_cols} block"
-    if grid.block_cols >= grid.cols and grid.block_rows >= grid.part:
-        block = "tensor" if grid.part >= grid.rows else "expert"
+    if grid.block_cols >= grid.cols and grid.block_rows >= grid.slab_rows:
+        block = "tensor" if grid.slab_rows >= grid.rows else "expert"
     elif grid.block_cols >= grid.cols and grid.block_rows == 1:
         block = "row"
-    elif grid.block_cols == 1 and grid.block_rows >= grid.part:
+    elif grid.block_cols == 1 and grid.block_rows >= grid.slab_rows:
         block = "column"
-    return f"{codes}, {scale.dtype} scale per {block}{' and a second' if second else ''}"
+    second = " and a global scale" if reading.global_scale else ""
+    return f"{reading.number_format}, {reading.scale.dtype} scale per {block}{second}"
 
 
 def versions() -> dict[str, str]:
@@ -2007,57 +2401,189 @@ def versions() -> dict[str, str]:
     return found
 
 
-def tell_plan(record: dict) -> None:
+def main(fp8_path: str | Path, bf16_path: str | Path, **options) -> None:
+    """Convert the FP8 checkpoint in one folder into a BF16 checkpoint in another."""
+    convert(fp8_path, bf16_path, **options)
+
+
+def convert(fp8_path: str | Path, bf16_path: str | Path, *, device: str = "auto",
+            workers: int | None = None, missing_scale: str = "keep", dry_run: bool = False,
+            verify: bool = False, report: str | Path | None = None,
+            ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
+    """Convert the FP8 checkpoint in one folder into a BF16 checkpoint in another.
+
+    device: "auto", "cpu", "cuda" or "cuda:N". workers: threads; by default two per core, 4 to 16.
+    missing_scale: "keep", "cast" or "error", as in make_plan. dry_run: only print what would be
+    done. verify: only compare an existing output with what it should be. report: a file for a JSON
+    record of it all. ranks: which of several processes this is, each of which makes some shards.
+
+    Raises CheckpointError for what is wrong with the checkpoint or a verified output, OSError for
+    the disk, UsageError for the arguments. Until all is there, the output holds no index and no
+    config.
+    """
+    began = time.perf_counter()
+    source, out, report = Path(fp8_path), Path(bf16_path), Path(report) if report else None
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(16, max(4, 2 * (cores or 1) // ranks.local_count))
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: expected a positive number")
+    if missing_scale not in MISSING_SCALE:
+        raise UsageError(f"--missing-scale {missing_scale}: expected {', '.join(MISSING_SCALE)}")
+    if dry_run and verify:
+        raise UsageError("--dry-run and --verify: expected one of them")
+    check_folders(source, out, report)
+    chosen, why = pick_device(device, ranks.local_rank)
+    if ranks.rank == 0:
+        several = f", {ranks.count} ranks" if ranks.count > 1 else ""
+        say(f"Device: {chosen} ({why}), {workers} workers{several}")
+    plan = make_plan(load_checkpoint(source), missing_scale)
+    side = find_side_files(plan)
+    record = Report({"input": str(source), "output": str(out), "device": str(chosen),
+                     "workers": workers, "missing_scale": missing_scale, "dry_run": dry_run,
+                     "verify": verify}, versions())
+    record.describe(plan, side)
+    record.implausible = find_implausible(plan)
+    if ranks.rank == 0:
+        tell_plan(record)
+    if verify:
+        record.differences = find_differences(plan, out, side.texts, workers, ranks)
+    else:
+        make_output(plan, out, side, chosen, workers, dry_run, ranks, record)
+    record.seconds["total"] = time.perf_counter() - began
+    if report is not None:
+        name = f"{report.stem}.rank{ranks.rank}{report.suffix}" if ranks.rank else report.name
+        record.save(report.with_name(name))
+    if verify:
+        tell_verified(record, out, ranks)
+    elif not dry_run:
+        tell_converted(record, ranks)
+
+
+def make_output(plan: Plan, out: Path, side: SideFiles, device: torch.device, workers: int,
+                dry_run: bool, ranks: Ranks, record: Report) -> None:
+    """Make the output of a plan, or what is missing of it.
+
+    Rank 0 looks after the folder: what is there, what must go, and what completes it. The others
+    start when it has left their plan's digest there, and replace nothing but their own shards.
+    """
+    mine = shards_of_rank(plan.shards, ranks.rank, ranks.count)
+    with ExitStack() as stack:
+        if ranks.rank > 0:
+            if dry_run:
+                return
+            await_plan(out, digest_of(plan), ranks.rank)
+            done = find_done([shard for shard in mine if (out / shard.name).is_file()], out, workers)
+        else:
+            state = inspect_output(plan, out, side, workers)
+            tell_state(state, plan, out, workers, record)
+            done = state.done
+            if dry_run or (state.complete and ranks.count == 1):
+                return
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out))
+            for path in state.stale if not state.complete else ():
+                path.unlink(missing_ok=True)
+            sync_folder(out)
+            if ranks.count > 1:
+                write_whole(out / RANKS_NAME, digest_of(plan))
+        todo = [shard for shard in mine if shard.name not in done]
+        pool = [Worker(device, WINDOW) for _ in range(workers)] if todo else []
+        if todo:
+            write_shards(todo, out, pool, ranks.rank > 0)
+        if ranks.rank == 0:
+            own = {shard.name for shard in mine}
+            await_shards([shard for shard in plan.shards if shard.name not in own], out)
+            if not record.complete:
+                publish(plan.checkpoint.root, out, side)
+            (out / RANKS_NAME).unlink(missing_ok=True)
+    record.bytes_written = sum(shard.size for shard in todo)
+    counts, seconds = Counter(), Counter(dict.fromkeys(PHASES, 0.0))
+    for worker in pool:
+        counts.update(worker.nonfinite)
+        seconds.update(worker.seconds)
+    record.seconds = dict(seconds)
+    record.nonfinite = {kind: {name: n for (name, what), n in counts.items() if what == kind}
+                        for kind in NONFINITE}
+
+
+def tell_plan(record: Report) -> None:
     """Print what will be done."""
-    for side in ("input", "output"):
-        say(f"{side.capitalize()}: {record[side]['shards']} shards, {record[side]['tensors']} "
-            f"tensors, {sized(record[side]['bytes'])}")
-    for kind, count in record["dequantized"].items():
-        say(f"  {count} weights to dequantize: {kind}")
-    say(f"  {record['copied']} tensors to copy, {record['dropped']} scales to drop")
-    for name in record["kept_in_fp8"]:
+    for side, numbers in (("Input", record.input), ("Output", record.output)):
+        say(f"{side}: {counted(numbers['shards'], 'shard')}, {counted(numbers['tensors'], 'tensor')}"
+            f", {sized(numbers['bytes'])}")
+    for kind, count in record.dequantized.items():
+        say(f"  {counted(count, 'weight')} to dequantize: {kind}")
+    say(f"  {counted(record.copied, 'tensor')} to copy, {counted(record.dropped, 'scale')} to drop")
+    for name in record.kept_in_fp8:
         say(f"Warning: Missing scale_inv tensor for {name}, skipping conversion")
-    if record["files_left_out"]:
-        say("Left out, for they are other weights or no plain files: "
-            f"{', '.join(record['files_left_out'])}")
+    if record.files_left_out:
+        say("Not copied (other weights, or not regular files): "
+            f"{', '.join(record.files_left_out)}")
+    for line in record.implausible:
+        print(printable(f"Warning: {line}"), file=sys.stderr, flush=True)
 
 
-def tell_converted(record: dict) -> None:
+def tell_state(state: OutputState, plan: Plan, out: Path, workers: int, record: Report) -> None:
+    """Print what is there and what there is room for. Raises CheckpointError if too little."""
+    record.shards_already_there, record.complete = sorted(state.done), state.complete
+    if state.done:
+        say(f"Already there: {len(state.done)} of {counted(len(plan.shards), 'shard')}")
+    if state.replaced:
+        say(f"To be replaced, of another input or another reading: {', '.join(state.replaced)}")
+    newer = {step.source.path for shard in plan.shards if shard.name in state.done
+             for step in shard.steps
+             if step.source.path.stat().st_mtime_ns > (out / shard.name).stat().st_mtime_ns}
+    if newer:
+        say(f"Newer than the output made of it: {', '.join(sorted(p.name for p in newer))}; run "
+            "--verify to be sure")
+    say(f"Space: {sized(state.needed)} to write, {sized(state.free)} free; memory: {workers} "
+        f"workers, at most {sized(2 * WINDOW)} each")
+    if state.needed > state.free:
+        raise CheckpointError(f"{out}: there is {sized(state.needed - state.free)} too little "
+                              "space for it; free some or give another output")
+
+
+def tell_converted(record: Report, ranks: Ranks) -> None:
     """Print what was done; the last line sums it up."""
-    if record["complete"]:
+    for kind in NONFINITE:
+        if counts := record.nonfinite.get(kind):
+            say(f"{counted(sum(counts.values()), kind + ' value')}, in {', '.join(counts)}")
+    if ranks.rank > 0:
+        return
+    if record.complete:
         say("Nothing to do: the output is complete")
         return
-    for fate, names in (("kept in FP8", record["kept_in_fp8"]),
-                        ("cast with scale 1", record["cast_with_scale_1"])):
+    for fate, names in (("kept in FP8", record.kept_in_fp8),
+                        ("cast with scale 1", record.cast_with_scale_1)):
         if names:
-            say(f"{len(names)} FP8 weights without a scale were {fate}:")
+            say(f"FP8 weights without a scale, {fate}: {len(names)}")
             for name in names:
                 say(f"  {name}")
-    if orphans := record["dropped_scales_of_no_weight"]:
+    if orphans := record.dropped_scales_of_no_weight:
         say(f"Dropped scales of no weight: {', '.join(orphans)}")
-    for kind in SPECIALS:
-        if counts := record[kind]:
-            say(f"{sum(counts.values())} {kind} values, in {', '.join(counts)}")
-    out, seconds = record["output"], record["seconds"]
+    out, seconds = record.output, record.seconds
     limits = {**seconds, "writing": seconds["writing"] + seconds["syncing"]}
     limit = max(PHASES[:3], key=limits.get)
-    say(f"Converted {out['shards']} shards, {out['tensors']} tensors: "
-        f"{sum(record['dequantized'].values())} dequantized, {record['copied']} copied, "
-        f"{record['dropped']} scales dropped; {sized(record['input']['bytes'])} in, "
+    say(f"Converted {counted(out['shards'], 'shard')}, {counted(out['tensors'], 'tensor')}: "
+        f"{sum(record.dequantized.values()):,} dequantized, {record.copied:,} copied, "
+        f"{counted(record.dropped, 'scale')} dropped; {sized(record.input['bytes'])} in, "
         f"{sized(out['bytes'])} out, {seconds['total']:.1f} s, "
-        f"{record['bytes_written'] / seconds['total'] / 1e9:.2f} GB/s, limited by {limit}")
+        f"{record.bytes_written / seconds['total'] / 1e9:.2f} GB/s, limited by {limit}")
 
 
-def tell_verified(record: dict, out: Path) -> None:
+def tell_verified(record: Report, out: Path, ranks: Ranks) -> None:
     """Print how an output differs. Raises CheckpointError if it does."""
-    differences, seconds = record["differences"], record["seconds"]["total"]
+    differences, seconds = record.differences, record.seconds["total"]
     for difference in differences:
         say(difference)
     if differences:
-        raise CheckpointError(f"{out}: is not what the input gives, in {len(differences)} places")
-    size = record["input"]["bytes"] + record["output"]["bytes"]
-    say(f"Verified {record['output']['tensors']} tensors: all as they should be; "
-        f"{sized(size)} read, {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
+        raise CheckpointError(f"{out}: is not what the input gives, in "
+                              f"{counted(len(differences), 'place')}")
+    if ranks.rank == 0:
+        size = record.input["bytes"] + record.output["bytes"]
+        say(f"Verified {counted(record.output['tensors'], 'tensor')}: all as they should be; "
+            f"{sized(size)} read, {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
 
 
 def cli(arguments: list[str] | None = None) -> int:
@@ -2067,7 +2593,7 @@ def cli(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         description="Convert an FP8 checkpoint into a BF16 one.",
-        epilog=FORMATS_HELP,
+        epilog=formats_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -2082,25 +2608,35 @@ def cli(arguments: list[str] | None = None) -> int:
     add("--verify", action="store_true", help="compare an existing output with the input")
     add("--report", metavar="FILE", help="write a JSON record of it all")
     options = parser.parse_args(arguments)
+    ranks = find_ranks()
     try:
-        main(**vars(options))
+        convert(**vars(options), ranks=ranks)
     except UsageError as error:
         parser.error(printable(str(error)))
     except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
-        text = str(error) if isinstance(error, CheckpointError) else str(error).partition("\n")[0]
-        if isinstance(error, OSError) and error.filename:
-            text = f"{error.filename}: {error.strerror}"
-        if isinstance(error, RecursionError):
-            text = f"{options.fp8_path}: is nested too deep"
-        if len(text) > MESSAGE_LIMIT:  # of a name that is as long as a book
-            text = f"{text[: MESSAGE_LIMIT // 2]} ... {text[-MESSAGE_LIMIT // 2 :]}"
-        print(f"error: {printable(text)}", file=sys.stderr)
+        print(f"error: {printable(message_of(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("interrupted: the output is not complete", file=sys.stderr)
+        if ranks.rank == 0:
+            what = "not everything was compared" if options.verify else "the output is not complete"
+            print(f"interrupted: {what}", file=sys.stderr)
         return 128 + (interrupt.args or [signal.SIGINT])[0]
     return 0
+
+
+MESSAGE_LIMIT = 2000  # Characters: a tensor's name may be as long as a book.
+
+
+def message_of(error: Exception) -> str:
+    """Return one line about an error, which names the file where there is one."""
+    text = str(error) if isinstance(error, CheckpointError) else str(error).partition("\n")[0]
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError | RecursionError):
+        text = f"the memory does not suffice: {text or type(error).__name__}; try --workers 1"
+    if len(text) > MESSAGE_LIMIT:
+        text = f"{text[: MESSAGE_LIMIT // 2]} ... {text[-MESSAGE_LIMIT // 2 :]}"
+    return text or type(error).__name__
 
 
 def end(number: int, frame) -> None:
@@ -2109,5 +2645,5 @@ def end(number: int, frame) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, end)
-    gc.set_threshold(200_000)  # a plan is many objects, and while it grows none of them is garbage
+    gc.set_threshold(200_000)  # A plan is many objects, and while it grows none of them is garbage.
     sys.exit(cli())
