@@ -317,6 +317,9 @@ SEMANTICS = "weight_scale_semantics"  # The one key that says that an FP8 scale 
 QUARK = (("dtype", frozenset({"fp4", "fp8_e4m3", "fp8_e5m2"})),
          ("scale_format", frozenset({"e8m0", "float32"})))
 
+# NVIDIA/Model-Optimizer torch/export: the second name is that of experts which the model fuses.
+MODELOPT, MODELOPT_GLOBAL = "{}_scale {}_weight_scale", "{}_scale_2 {}_weight_scale_2"
+
 
 def named(*words: str) -> frozenset[str]:
     return frozenset(words)
@@ -333,6 +336,7 @@ class Format(NamedTuple):
     kernel.FORMATS; where it is empty, the dtype says it. methods: the values of quant_method whose
     loaders read the tensors so; "" where no method is named. FP8 means the same everywhere, so for
     it they only decide between two scales; bytes and integers count under these methods alone.
+    scale and global_scale may be several names, in the same order.
     groups: elements of a row that share a scale, where the format fixes them. global_scale: the
     scale of the scales, which multiplies or `divides` them. inverse: the scale itself divides.
     stacked: the scales of all experts stand in one tensor, the weights do not. whole_rows: no
@@ -364,20 +368,17 @@ FORMATS = [
     # modelcloud/GPTQModel quantize_fp8_weight: the scale is 448 / absmax and divides.
     Format("GPTQModel", "{}", "{}_scale_inv", scale_dtypes=FLOATS, inverse=True,
            requires=((SEMANTICS, named("inverse")),)),
-    # deepseek-ai/DeepSeek-V3 inference/kernel.py multiplies: it is the inverse of the factor by
-    # which the quantizer multiplied.
-    Format("DeepSeek-V3, Kimi-K2, Qwen3, GLM-5, MiniMax, Mistral", "{}", "{}_scale_inv",
-           methods=named("fp8", "mxfp8")),
-    # huggingface/transformers integrations/finegrained_fp8.py, experts of releases before 5.0.
-    Format("fused experts of transformers 4", "{}", "{}_scales_inv"),
+    # deepseek-ai/DeepSeek-V3 inference/kernel.py multiplies: it is the inverse of the factor
+    # by which the quantizer multiplied. huggingface/transformers integrations/finegrained_fp8.py,
+    # before 5.0, has it in the plural for fused experts.
+    Format("DeepSeek-V3, Kimi-K2, Qwen3, GLM-5, MiniMax, Mistral", "{}",
+           "{}_scale_inv {}_scales_inv", methods=named("fp8", "mxfp8")),
     # huggingface/transformers modeling of Llama 4, FbgemmFp8Llama4TextExperts: the weight is
     # stored transposed, so that its scales of rows are scales of columns here.
     Format("Llama 4 (fbgemm)", "down_proj", "down_proj_scale", scale_dtypes=FLOATS, transposed=True,
            requires=(("quant_method", named("fbgemm_fp8")),)),
-    Format("compressed-tensors, ModelOpt, fbgemm, Quark, auto-round, AutoFP8", "{}", "{}_scale",
+    Format("compressed-tensors, ModelOpt, fbgemm, Quark, auto-round, AutoFP8", "{}", MODELOPT,
            methods=named("compressed-tensors", "modelopt", "fbgemm_fp8", "quark", "auto-round")),
-    # NVIDIA/Model-Optimizer torch/export: experts that the model itself fuses.
-    Format("fused experts of ModelOpt", "{}", "{}_weight_scale", methods=named("modelopt")),
     # deepseek-ai/DeepSeek-V4 inference/model.py
     Format("DeepSeek-V4", "weight", "scale"),
     Format("Fish Audio", "{}", "{}.scale", scale_dtypes=FLOATS),
@@ -389,7 +390,8 @@ FORMATS = [
            global_scale="scale_weight_tensor"),
     Format("ComfyUI scaled", "weight", "scale_weight", scale_dtypes=FLOATS),
     # pytorch/ao prototype/safetensors
-    Format("torchao", "_{}_qdata", "_{}_scale", scale_dtypes=FLOATS, methods=named("torchao")),
+    Format("torchao", "_{}_qdata", "_{}_scale", scale_dtypes=FLOATS | {"F8_E8M0"},
+           methods=named("torchao")),
     # vllm-project/vllm 53896: the shards of an embedding share the scale of the whole.
     Format("Qwen3.8 n-gram tables", r"shard_\d+\.weight", "weight_scale", scale_dtypes=FLOATS),
     # huggingface/transformers 5 integrations/finegrained: save_pretrained takes the experts apart
@@ -417,6 +419,11 @@ FORMATS = [
            named("smooth_quant")),
     Format("INT8 of torchao", "_{}_qdata", "_{}_scale", named("I8"), FLOATS, "INT8",
            named("torchao")),
+    # pytorch/ao prototype/mx_formats; swizzled scales have another shape.
+    Format("MXFP4 of torchao", "_{}_qdata", "_{}_scale", named("U8"), named("F8_E8M0"), "E2M1",
+           named("torchao"), (32,)),
+    Format("NVFP4 of torchao", "_{}_qdata", "_{}_scale", named("U8"), SMALL_FLOATS, "E2M1",
+           named("torchao"), (16,), "_{}_per_tensor_scale"),
     # deepseek-ai/DeepSeek-V4 inference/convert.py: two codes a byte, the low half first.
     Format("experts of DeepSeek-V4 (MXFP4)", "weight", "scale", named("I8", "F4"),
            named("F8_E8M0"), "E2M1", named("fp8"), (32,)),
@@ -424,31 +431,27 @@ FORMATS = [
     # export/export_to_llmcompressor
     Format("compressed-tensors MXFP4", "{}_packed", "{}_scale", named("U8"), EXPONENTS, "E2M1",
            named("compressed-tensors", "auto-round"), (32,),
-           accepts=(COMPRESSED, ("data_type", named("mx_fp", "mx_fp4")))),
+           accepts=(COMPRESSED, ("data_type", named("mx_fp", "mx_fp4", "float")))),
     # vllm-project/vllm layers/quantization/quark/schemes/quark_ocp_mx.py; NVIDIA/Model-Optimizer
     # torch/quantization/qtensor/mxfp4_tensor.py
-    Format("MXFP4 of Quark and ModelOpt", "{}", "{}_scale", named("U8"), EXPONENTS, "E2M1",
+    Format("MXFP4 of Quark and ModelOpt", "{}", MODELOPT, named("U8"), EXPONENTS, "E2M1",
            named("quark", "modelopt"), (32,),
            accepts=QUARK),
     # vllm-project/compressed-tensors compressors/nvfp4: the global scale divides.
     Format("compressed-tensors NVFP4", "{}_packed", "{}_scale", named("U8"), SMALL_FLOATS, "E2M1",
            named("compressed-tensors", "auto-round"), (16,), "{}_global_scale", divides=True,
            sides=(*SIDES, "input_global_scale"),
-           accepts=(COMPRESSED, ("data_type", named("nv_fp", "nv_fp4")))),
+           accepts=(COMPRESSED, ("data_type", named("nv_fp", "nv_fp4", "float")))),
     # NVIDIA/Model-Optimizer torch/quantization/qtensor/nvfp4_tensor.py. Fused experts may have one
     # global scale for gate and one for up.
-    Format("ModelOpt W4A8_NVFP4_FP8", "{}", "{}_scale", named("U8"), SMALL_FLOATS, "E2M1",
-           named("modelopt"), (32, 16), "{}_scale_2",
+    Format("ModelOpt W4A8_NVFP4_FP8", "{}", MODELOPT, named("U8"), SMALL_FLOATS, "E2M1",
+           named("modelopt"), (32, 16), MODELOPT_GLOBAL,
            requires=(("quant_algo", named("W4A8_NVFP4_FP8")),)),
-    Format("ModelOpt NVFP4", "{}", "{}_scale", named("U8"), SMALL_FLOATS, "E2M1",
-           named("modelopt", "quark"), (16,), "{}_scale_2", accepts=QUARK),
-    Format("fused experts of ModelOpt NVFP4", "{}", "{}_weight_scale", named("U8"), SMALL_FLOATS,
-           "E2M1", named("modelopt"), (16,), "{}_weight_scale_2"),
+    Format("NVFP4 of ModelOpt and Quark", "{}", MODELOPT, named("U8"), SMALL_FLOATS, "E2M1",
+           named("modelopt", "quark"), (16,), MODELOPT_GLOBAL, accepts=QUARK),
     # huggingface/transformers integrations/finegrained/nvfp4.py: here the global scale multiplies.
-    Format("transformers NVFP4", "{}", "{}_scale_inv", named("U8"), SMALL_FLOATS, "E2M1",
-           named("nvfp4"), (16,), "{}_global_scale", sides=(*SIDES, "input_global_scale")),
-    Format("fused experts of transformers NVFP4", "{}", "{}_scale_inv", named("U8"), SMALL_FLOATS,
-           "E2M1", named("nvfp4"), (16,), "{}_weight_global_scale",
+    Format("transformers NVFP4", "{}", "{}_scale_inv {}_scale_inv", named("U8"), SMALL_FLOATS,
+           "E2M1", named("nvfp4"), (16,), "{}_global_scale {}_weight_global_scale",
            sides=(*SIDES, "input_global_scale")),
     # vllm-project/vllm models/inkling/nvidia
     Format("Inkling NVFP4", "{}", "{}.scale", named("U8"), SMALL_FLOATS, "E2M1", named("modelopt"),
@@ -477,8 +480,10 @@ OTHER_WORDS = named(
     "weight", "weights", "inv", "inverse", "reciprocal", "factor", "factors", "block", "blocks",
     "group", "channel", "global", "double", "quant", "quantized", "quantizer", "deq", "fp8", "fp4",
 )
-# What a tensor that holds codes may be called beyond the name of the weight.
-CODES_ENDING = re.compile(r"_?(packed|qdata|data|blocks|quantized|qweight|weight)")
+# Words in which the name of a tensor of codes may end, beyond the name of the weight.
+CODES_ENDING = re.compile(
+    r"(^|[._]+)((q?weights?|packed|q?data|blocks|quant|quantized|values|float8|fp8|bitmask|trellis|"
+    r"W_q)([._]+|$))+$")
 CODES_NAME = re.compile(r"weight|qweight|qzeros|W_q|.*(_packed|_qdata|_proj)", re.DOTALL)
 # Endings of names that say, after a weight's name, that the tensor takes part in its quantization.
 QUANTIZATION_ENDING = re.compile(
@@ -689,13 +694,19 @@ def read_small(tensor: Tensor) -> bytes:
 
 
 @functools.cache  # Thousands of weights share a few names.
-def rows_for(dtype: str, tail: str) -> list[tuple[Format, str]]:
-    """Return the rows that store a tensor of this dtype under a name that ends so, with the stem."""
+def rows_for(dtype: str, tail: str) -> list[tuple[Format, str, str, str]]:
+    """Return the rows that store a tensor of this dtype under a name that ends so.
+
+    Each comes with the stem and the names of the scale and the global scale.
+    """
     found = []
     for row in FORMATS:
         pattern = row.weight.replace("{}", r"(?P<stem>[^.]+)")
         if dtype in row.containers and (match := re.fullmatch(pattern, tail, re.DOTALL)):
-            found.append((row, match.groupdict().get("stem", "weight")))
+            stem = match.groupdict().get("stem", "weight")
+            names = itertools.zip_longest(row.scale.split(), row.global_scale.split(), fillvalue="")
+            found += [(row, stem, scale.replace("{}", stem), factor.replace("{}", stem))
+                      for scale, factor in names]
     return found
 
 
@@ -718,14 +729,14 @@ def find_quantization(weight: Tensor, checkpoint: Checkpoint,
     tensors, found = checkpoint.tensors, {}
     head, tail = weight.name.removesuffix(weight.leaf), weight.leaf
     for _ in range(3 if weight.dtype in F8 else 1):
-        for row, stem in rows_for(weight.dtype, tail):
-            scale = tensors.get(head + row.scale.replace("{}", stem))
+        for row, stem, scale_name, factor_name in rows_for(weight.dtype, tail):
+            scale = tensors.get(head + scale_name)
             if scale is None or scale.dtype not in row.scale_dtypes or scale.name in found:
                 continue
-            factor = tensors.get(head + row.global_scale.replace("{}", stem))
-            fits = not row.global_scale or (factor is not None and factor.dtype in FLOATS)
+            factor = tensors.get(head + factor_name) if factor_name else None
+            fits = not factor_name or (factor and factor.dtype in FLOATS)
             if fits and counts(row, evidence, weight.module):
-                found[scale.name] = row, stem, scale, factor if row.global_scale else None
+                found[scale.name] = row, stem, scale, factor
         if found or not head:
             break
         above, dot, last = head[:-1].rpartition(".")
@@ -754,6 +765,10 @@ def quantize(weight: Tensor, row: Format, head: str, stem: str, scale: Tensor | 
         shape = (*shape[:-1], 2 * CODE_BYTES[weight.dtype] * math.prod(shape[-1:]))
     packed_cols = math.prod(shape[-1:])
     if row.number_format == "UINT4B8":
+        if not evidence.int4_groups:
+            raise CheckpointError(f"{weight.path}: {weight.name} is packed, and {CONFIG_NAME} does "
+                                  "not say that all such weights are symmetric with num_bits 4 "
+                                  "(others have zero points, or fit the same shapes)")
         shape = read_shape(weight, checkpoint.tensors.get(f"{head}{stem}_shape"), packed_cols)
     matrix, first = place_in_stack(weight, scale) if row.stacked else (shape, 0)
     scale_shape, problem = scale.shape if scale else (), ""
@@ -763,6 +778,10 @@ def quantize(weight: Tensor, row: Format, head: str, stem: str, scale: Tensor | 
     else:
         grids, problem = find_grids(matrix, scale_shape, evidence.block_sizes, row.transposed,
                                     "qkv_proj" in weight.name)
+    tiles = {(32 * ceil_div(math.prod(shape[:-1]), 128), 16 * ceil_div(math.prod(shape[-1:]), 4 * g))
+             for g in (16, 32)}
+    if not grids and scale_shape in tiles:  # pytorch/ao prototype/mx_formats
+        problem = "; they are swizzled, in the order of the GPU's tiles"
     if row.whole_rows:
         grids = [grid for grid in grids if grid.block_cols >= grid.cols]
     experts = grids[0].rows // grids[0].slab_rows if grids else 0
@@ -852,6 +871,8 @@ def find_grids(
     if math.prod(scale_shape) == 1 or not E * N * K:
         return [Grid(E * N, K, max(E * N, 1), max(K, 1), slab_rows=max(E * N, 1))], ""
     scale = squeezed(scale_shape, E)
+    if len(scale_shape) > 3:  # ModelOpt: [n, 1, k, 1], whose blocks are 128x128
+        block_sizes = block_sizes or ((128, 128),)
     row, column, expert = (1, K), (N, 1), (N, K)
     shapes = [((N,), row), ((N, 1), row), ((1, K), column)]
     if E > 1:
@@ -957,7 +978,7 @@ def read_formats(checkpoint: Checkpoint) -> Reading:
             raise CheckpointError(f"{tensors[name].path}: {name} becomes {quantization.output}, "
                                   "which exists too")
         outputs.add(quantization.output)
-    missing, orphans = judge_rest(checkpoint, evidence, modules, weights, dropped)
+    missing, orphans = judge_rest(checkpoint, evidence, weights, dropped)
     dropped |= {tensor.name: tensor for tensor in orphans}
     return Reading(weights, dropped, orphans, missing)
 
@@ -1070,8 +1091,7 @@ def require_zero(tensor: Tensor, zero: bytes) -> None:
                               "are not supported")
 
 
-def judge_rest(checkpoint: Checkpoint, evidence: Evidence, modules: dict[str, list[Tensor]],
-               weights: dict[str, Quantization],
+def judge_rest(checkpoint: Checkpoint, evidence: Evidence, weights: dict[str, Quantization],
                dropped: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Return FP8 weights without a scale and scales without a weight among what matched no row.
 
@@ -1085,7 +1105,7 @@ def judge_rest(checkpoint: Checkpoint, evidence: Evidence, modules: dict[str, li
     strange = evidence.methods - {"fp8", ""}
     for tensor in rest:
         codes = tensor.dtype in F8 or (tensor.dtype in INTEGERS and len(tensor.shape) > 1)
-        partner = find_partner(tensor, names, modules, dropped) if codes else None
+        partner = find_partner(tensor, names, dropped) if codes else None
         named_so = tensor.dtype in ("I8", "U8", "I32", "U32") and fully(CODES_NAME, tensor.leaf)
         unknown = tensor.dtype in INTEGERS and not weights
         noted = tensor.dtype == "U8" and tensor.module in evidence.notes
@@ -1120,29 +1140,21 @@ def judge_rest(checkpoint: Checkpoint, evidence: Evidence, modules: dict[str, li
     return missing, orphans
 
 
-def find_partner(weight: Tensor, names: list[str], modules: dict[str, list[Tensor]],
-                 dropped: dict[str, Tensor]) -> str | None:
+def find_partner(weight: Tensor, names: list[str], dropped: dict[str, Tensor]) -> str | None:
     """Return a tensor that is named like the scale of a weight, by whatever convention.
 
-    That is one whose name goes on where the weight's ends, or the module's, in words of which all
-    are about scales: a bare `scale` in a longer name is not enough (`scale_shift_table`).
+    That is one whose name goes on where the weight's ends, or where that is less the words for
+    codes, in words of which all are about scales. A `scale` among others is not enough
+    (`scale_shift_table`).
     """
-    stem = weight.leaf
-    if ending := re.fullmatch(r"(.*?)" + CODES_ENDING.pattern, stem, re.DOTALL):
-        stem = ending[1]
-    for other in modules[weight.module]:
-        rest = other.leaf.removeprefix(stem) if stem else other.leaf
-        if other is weight or other.name in dropped:
-            continue
-        if is_scale(other.leaf) or (rest != other.leaf and is_scale(rest)):
-            return other.name
-    for separator in "_.":
-        start = weight.name + separator
-        for at in range(bisect_left(names, start), len(names)):
-            if not names[at].startswith(start):
-                break
-            if is_scale(names[at].removeprefix(start)):
-                return names[at]
+    for base in dict.fromkeys((CODES_ENDING.sub("", weight.name), weight.name)):
+        for start in (f"{base}.", f"{base}_") if base else ("",):
+            for at in range(bisect_left(names, start), len(names)):
+                if not names[at].startswith(start):
+                    break
+                if (is_scale(names[at].removeprefix(start)) and names[at] not in dropped
+                        and names[at] != weight.name):
+                    return names[at]
     return None
 
 
@@ -1529,11 +1541,13 @@ def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
         return torch.ones(1, 1)
     top, bottom, left, right = region
     rows, cols = grid.scale_shape
-    scales = read_elements(scale, top * cols, (bottom - top) * cols, worker)
+    if bottom - top > 1:  # whole rows of scales stand together
+        left, right = 0, cols
+    scales = read_elements(scale, top * cols + left, (bottom - top - 1) * cols + right - left, worker)
     if scale.dtype == "F8_E4M3" and scales.numel() and scales.min() < 0:
         raise CheckpointError(f"{scale.path}: {scale.name} holds negative scales of groups; a "
                               "format that keeps something else in their sign is not known here")
-    scales = scales.view(bottom - top, cols)[:, left:right]
+    scales = scales.view(bottom - top, right - left)
     if factor is None:
         return scales
     count = math.prod(factor.shape)  # each for as many rows: all, an expert's, or half of those
@@ -1706,7 +1720,8 @@ def fingerprint_of(shard: Shard, worker: Worker) -> str:
                 middle = (tensor.start + tensor.stop) // 2
                 for start in (tensor.start, middle, tensor.stop - PAGE):
                     start = max(start, tensor.start)
-                    places.add((tensor.path, start, min(start + PAGE, tensor.stop)))
+                    if start < tensor.stop:
+                        places.add((tensor.path, start, min(start + PAGE, tensor.stop)))
     for path, start, stop in sorted(places):
         page = worker.read(path, start, worker.scratch("page", stop - start))
         digest.update(as_bytes(page))

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from checkpoints import INDEX, finite_codes, write_checkpoint
+from checkpoints import INDEX, assert_same_bits, finite_codes, write_checkpoint
 from fp8_cast_bf16 import CheckpointError, load_checkpoint, main
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -140,11 +140,26 @@ def test_config_of_any_depth_is_converted_whole_or_refused_before_writing(source
         assert (source.parent / "out/config.json").read_text().count("{") == depth
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
 def test_scale_of_a_weight_that_no_format_knows_is_refused(tmp_path, dtype):
     tensors = {"w": torch.ones(2, 2, dtype=dtype), "w_scale_inv": torch.ones(1)}
     write_checkpoint(tmp_path / "in", {"model.safetensors": tensors})
-    assert_refused(tmp_path / "in", "w_scale_inv", "no known format")
+    assert_refused(tmp_path / "in", "beside w_scale_inv", "in no format known here")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint64, torch.bool])
+def test_what_never_holds_codes_is_copied_and_the_scale_beside_it_is_named(tmp_path, dtype, capsys):
+    tensors = {"w": torch.ones(2, 2, dtype=dtype), "w_scale_inv": torch.ones(1)}
+    write_checkpoint(tmp_path / "in", {"model.safetensors": tensors})
+    main(tmp_path / "in", tmp_path / "out")
+    assert_same_bits(load_file(tmp_path / "out/model.safetensors")["w"], tensors["w"])
+    assert "Dropped scales of no weight: w_scale_inv\n" in capsys.readouterr().out
+
+
+def test_an_exponent_that_is_the_scale_of_no_weight_is_refused(tmp_path):
+    tensors = {"norm.weight": torch.ones(4), "norm.scale": torch.ones(4).to(torch.float8_e8m0fnu)}
+    write_checkpoint(tmp_path / "in", {"model.safetensors": tensors})
+    assert_refused(tmp_path / "in", "norm.scale is F8_E8M0", "the scale of no known weight")
 
 
 def test_checkpoint_of_scales_alone_is_refused(source):

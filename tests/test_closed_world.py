@@ -598,9 +598,10 @@ LAYOUTS = [  # what it is, its tensors and config, and one of the words that the
     # huggingface/transformers quantizers/quantizer_torchao.py
     ("torchao SmoothQuant", {**KNOWN["torchao"][0], "l._weight_act_pre_scale": rand(8)},
      method("torchao"), "l._weight_act_pre_scale"),
-    *[(f"torchao FP4, {scale.dtype}", at("l", _weight_qdata=BYTES, _weight_scale=scale),
-       method("torchao"), "l._weight_qdata")
-      for scale in (exponents(4, 1, dtype=E8M0), positive(finite_codes(4, 2)))],
+    # pytorch/ao prototype/mx_formats: the scales of [192, 416] in tiles, as mxfp4 and mxfp8 have them
+    *[(f"torchao swizzled {codes.dtype}",
+       at("l", _weight_qdata=codes, _weight_scale=exponents(64, 64, dtype=E8M0)),
+       method("torchao"), "swizzled") for codes in (packed(192, 208), finite_codes(192, 416))],
     # NVIDIA/Model-Optimizer modelopt/torch/export: experts of Llama 4 and gpt-oss stay transposed
     ("ModelOpt transposed NVFP4",
      at("experts", up_proj=packed(384, 256).view(4, 96, 256), up_proj_weight_scale_2=rand(),

@@ -1,7 +1,9 @@
 """What becomes of a checkpoint: each point of the behaviour that users rely on."""
 
+import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from checkpoints import (
     every_code,
     finite_codes,
     load_checkpoint,
+    method,
     several_kinds,
     write_checkpoint,
 )
@@ -37,9 +40,24 @@ def convert(tmp_path, shards, config=None, index=True, **options):
     return load_checkpoint(tmp_path / "out")
 
 
+def assert_laid_out_as(reference: Path, shard: Path) -> None:
+    """Compare a shard with the reference writer's file in all but the fingerprint and padding."""
+    texts, datas = [], []
+    for path in (reference, shard):
+        content = path.read_bytes()
+        end = 8 + int.from_bytes(content[:8], "little")
+        texts.append(json.loads(content[8:end]))
+        datas.append(content[end:])
+    assert end % 64 == 0
+    assert re.fullmatch("[0-9a-f]{16}", texts[1]["__metadata__"].pop("fp8_cast_bf16"))
+    expected, got = (list(text.items()) for text in texts)
+    assert got == expected  # In the same order, with the same dtypes, shapes and offsets.
+    assert datas[1] == datas[0]
+
+
 @pytest.mark.parametrize("window", [4096, 3 * 4096, 16 << 20])
 @pytest.mark.parametrize("workers", [1, 5])
-def test_shards_are_byte_for_byte_what_the_reference_writer_makes(
+def test_shards_hold_byte_for_byte_what_the_reference_writer_writes(
     tmp_path, monkeypatch, window, workers
 ):
     monkeypatch.setattr(fp8_cast_bf16, "WINDOW", window)
@@ -47,7 +65,7 @@ def test_shards_are_byte_for_byte_what_the_reference_writer_makes(
     convert(tmp_path, shards, workers=workers)
     for name, tensors in expected.items():
         save_file(tensors, tmp_path / name, metadata={"format": "pt"})
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / name).read_bytes()
+        assert_laid_out_as(tmp_path / name, tmp_path / "out" / name)
 
 
 def test_tensors_of_every_dtype_are_laid_out_as_the_reference_writer_does(tmp_path):
@@ -60,45 +78,38 @@ def test_tensors_of_every_dtype_are_laid_out_as_the_reference_writer_does(tmp_pa
     tensors["cast.weight_scale_inv"] = torch.ones(())
     convert(tmp_path, {"model.safetensors": tensors}, index=False)
     save_file(expected, tmp_path / "expected", metadata={"format": "pt"})
-    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "expected").read_bytes()
+    assert_laid_out_as(tmp_path / "expected", tmp_path / "out/model.safetensors")
 
 
-@pytest.fixture
-def uncached(monkeypatch):
-    """Every read of data is to be direct."""
-    monkeypatch.setattr("fp8_cast_bf16.DIRECT_READ", 1)
-    monkeypatch.setattr("fp8_cast_bf16.is_cached", lambda *operands: False)
-
-
-def test_direct_reads_give_the_same_bytes(tmp_path, uncached, monkeypatch):
+def test_tensors_may_begin_anywhere_on_a_page(tmp_path):
     shards, expected = several_kinds()
-    shards[ONE]["odd"] = torch.arange(5003, dtype=torch.uint8)  # moves what follows off its page
-    convert(tmp_path, shards)
-    real, opened = os.open, []
-    monkeypatch.setattr(os, "open", lambda *operands: opened.append(operands) or real(*operands))
-    main(tmp_path / "in", tmp_path / "out", verify=True)
-    assert any(flags & os.O_DIRECT for _, flags, *_ in opened)
-    got = load_checkpoint(tmp_path / "out")
+    expected[ONE]["odd"] = shards[ONE]["odd"] = torch.arange(5003, dtype=torch.uint8)
+    expected[ONE]["true"] = shards[ONE]["true"] = torch.arange(7001) % 3 == 0
+    got = convert(tmp_path, shards)
     for name, tensor in {**expected[ONE], **expected[TWO]}.items():
         assert_same_bits(got[name], tensor)
 
 
-def test_a_file_that_is_cut_while_it_is_read_directly_is_an_error(tmp_path, uncached, monkeypatch):
-    write_checkpoint(tmp_path / "in", several_kinds()[0])
-    whole, path = fp8_cast_bf16.make_plan, tmp_path / "in" / ONE
+@pytest.mark.parametrize("after", ["make_plan", "find_implausible", "fingerprint_of"])
+def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path, monkeypatch, after):
+    source = write_checkpoint(tmp_path / "in", several_kinds()[0], {"torch_dtype": "x"})
+    whole, path = getattr(fp8_cast_bf16, after), source / ONE
+    size = path.stat().st_size
 
     def cut(*operands):
-        plan = whole(*operands)
-        os.truncate(path, path.stat().st_size - 5001)
-        return plan
+        result = whole(*operands)
+        os.truncate(path, size - 5001)
+        return result
 
-    monkeypatch.setattr("fp8_cast_bf16.make_plan", cut)
-    with pytest.raises(CheckpointError, match=f"{ONE}: ends at byte"):
-        main(tmp_path / "in", tmp_path / "out")
+    monkeypatch.setattr(fp8_cast_bf16, after, cut)
+    with pytest.raises(CheckpointError, match=f"{ONE}: ends at byte {size - 5001}"):
+        main(source, tmp_path / "out")
+    assert not {ONE, INDEX, "config.json"} & {*contents(tmp_path / "out")}
 
 
-def test_plain_reads_and_writes_give_the_same_bytes_where_direct_ones_are_refused(
-    tmp_path, uncached, monkeypatch
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP])
+def test_plain_writes_give_the_same_bytes_where_direct_ones_are_refused(
+    tmp_path, monkeypatch, number
 ):
     shards, _ = several_kinds()
     convert(tmp_path, shards)
@@ -107,12 +118,12 @@ def test_plain_reads_and_writes_give_the_same_bytes_where_direct_ones_are_refuse
     def without_direct(path, flags, *mode, **where):
         if flags & os.O_DIRECT:
             refused.append(path)
-            raise OSError(22, "Invalid argument")
+            raise OSError(number, os.strerror(number))
         return real(path, flags, *mode, **where)
 
     monkeypatch.setattr(os, "open", without_direct)
     main(tmp_path / "in", tmp_path / "plain")
-    assert {Path(path).parent.name for path in refused} == {"in", "plain"}
+    assert {Path(path).parent.name for path in refused} == {"plain"}
     assert contents(tmp_path / "plain") == contents(tmp_path / "out")
 
 
@@ -156,12 +167,32 @@ def test_hub_cache_snapshot_of_links_is_ordinary_input(tmp_path):
     assert not any(path.is_symlink() for path in (tmp_path / "from-cache").iterdir())
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8, torch.int8])
-def test_one_byte_weights_with_a_scale_are_dequantized(tmp_path, dtype):
+@pytest.mark.parametrize(
+    "dtype, config",
+    [
+        (torch.float8_e4m3fn, None),
+        (torch.float8_e5m2, None),
+        (torch.uint8, None),
+        (torch.int8, method("blockwise_int8")),
+    ],
+)
+def test_one_byte_weights_with_a_scale_are_dequantized(tmp_path, dtype, config):
     codes, scale = every_code(140, 130, dtype), torch.rand(2, 2)
-    got = convert(tmp_path, {"model.safetensors": {"w": codes, "w_scale_inv": scale}})
+    got = convert(tmp_path, {"model.safetensors": {"w": codes, "w_scale_inv": scale}}, config)
     values = codes.view(torch.float8_e4m3fn) if dtype == torch.uint8 else codes
     assert_same_bits(got["w"], dequantized(values, scale))
+
+
+@pytest.mark.parametrize(
+    "dtype, config",
+    [(torch.int8, None), (torch.int8, {"quantization_config": FP8_CONFIG}),
+     (torch.uint8, {"quantization_config": FP8_CONFIG})],
+)
+def test_bytes_with_a_scale_that_the_config_does_not_explain_are_refused(tmp_path, dtype, config):
+    tensors = {"w": every_code(140, 130, dtype), "w_scale_inv": torch.rand(2, 2)}
+    with pytest.raises(CheckpointError, match=r"w \([IU]8, beside w_scale_inv\) looks quantized"):
+        convert(tmp_path, {"model.safetensors": tensors}, config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_byte_tensors_without_a_scale_are_data(tmp_path):
@@ -220,11 +251,25 @@ def test_block_size_of_the_config_is_used_at_any_depth(tmp_path):
     assert_same_bits(got["w"], dequantized(codes, scale, (96, 100)))
 
 
-def test_block_size_of_the_config_yields_to_the_shapes(tmp_path):
-    codes, scale = finite_codes(200, 300), torch.rand(200, 10)
+@pytest.mark.parametrize("group", [16, 32, 128])
+def test_groups_that_fit_exactly_may_stand_beside_the_blocks_of_the_config(tmp_path, group):
+    codes, scale = finite_codes(200, 384), torch.rand(200, 384 // group)
     config = {"quantization_config": {"weight_block_size": [32, 32]}}
     got = convert(tmp_path, {"model.safetensors": {"w": codes, "w_scale_inv": scale}}, config)
-    assert_same_bits(got["w"], dequantized(codes, scale, (1, 32)))
+    assert_same_bits(got["w"], dequantized(codes, scale, (1, group)))
+
+
+@pytest.mark.parametrize(
+    "scale_shape", [(200, 10), (2, 3)], ids=["1x32, cut off at the edge", "128x128"]
+)
+def test_a_grid_that_contradicts_the_config_is_an_error_with_both_grids(tmp_path, scale_shape):
+    tensors = {"w": finite_codes(200, 300), "w_scale_inv": torch.rand(scale_shape)}
+    config = {"quantization_config": {"weight_block_size": [32, 32]}}
+    message = (rf"w is \[200, 300\].*w_scale_inv is {re.escape(str([*scale_shape]))}.*"
+               r"the config names blocks of 32x32, which need \[7, 10\]")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path, {"model.safetensors": tensors}, config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_scale_that_fits_no_grid_is_an_error_with_both_shapes(tmp_path):
@@ -236,7 +281,7 @@ def test_scale_that_fits_no_grid_is_an_error_with_both_shapes(tmp_path):
 
 def test_scale_of_an_unknown_dtype_is_an_error(tmp_path):
     tensors = {"w": finite_codes(3, 3), "w_scale_inv": torch.ones(1, dtype=torch.int64)}
-    with pytest.raises(CheckpointError, match="w_scale_inv is I64"):
+    with pytest.raises(CheckpointError, match=r"w \(F8_E4M3, beside w_scale_inv, I64\)"):
         convert(tmp_path, {"model.safetensors": tensors})
     assert not (tmp_path / "out").exists()
 
@@ -254,7 +299,7 @@ def test_weight_without_scale_stays_fp8_with_a_warning_twice(tmp_path, capsys):
     assert_same_bits(got["w"], every_code(16, 16))
     printed = capsys.readouterr().out
     assert "Warning: Missing scale_inv tensor for w, skipping conversion\n" in printed
-    assert "1 FP8 weights without a scale were kept in FP8:\n  w\n" in printed
+    assert "FP8 weights without a scale, kept in FP8: 1\n  w\n" in printed
 
 
 def test_weight_without_scale_can_be_cast(tmp_path):
@@ -288,7 +333,9 @@ def test_metadata_of_a_shard_is_kept_and_says_format_pt(tmp_path):
     save_file({"x": torch.ones(1)}, path, metadata={"origin": "here", "format": "np"})
     main(tmp_path / "in", tmp_path / "out")
     with safe_open(tmp_path / "out/model.safetensors", "pt") as shard:
-        assert shard.metadata() == {"format": "pt", "origin": "here"}
+        found = shard.metadata()
+    assert re.fullmatch("[0-9a-f]{16}", found.pop("fp8_cast_bf16"))
+    assert found == {"format": "pt", "origin": "here"}
 
 
 def test_index_is_rebuilt_with_exact_size(tmp_path):
@@ -323,20 +370,29 @@ def test_config_describes_plain_bf16_weights(tmp_path):
     }
 
 
-def test_config_without_a_dtype_gets_one(tmp_path):
+def test_config_without_a_dtype_gets_none(tmp_path):
     convert(tmp_path, {"model.safetensors": {"x": torch.ones(1)}}, {"hidden_size": 3})
     config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config == {"hidden_size": 3, "torch_dtype": "bfloat16"}
+    assert config == {"hidden_size": 3}
+
+
+@pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
+def test_config_with_an_empty_dtype_says_bfloat16(tmp_path, key):
+    convert(tmp_path, {"model.safetensors": {"x": torch.ones(1)}}, {key: None, "hidden_size": 3})
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config == {key: "bfloat16", "hidden_size": 3}
 
 
 def test_other_files_are_copied_and_weight_files_are_not(tmp_path):
     source = write_checkpoint(tmp_path / "in", {"model.safetensors": {"x": torch.ones(1)}})
     copied = ["tokenizer.json", "chat template.jinja", "modeling.py", "inference/deep/run.py", ".x"]
-    left = ["pytorch_model.bin", "original/consolidated.pth", "q4.gguf", "hf_quant_config.json"]
+    left = ["pytorch_model.bin", "original/consolidated.pth", "q4.gguf", "quant_cfg.json"]
     left += [".git/config", ".cache/huggingface/download/x.lock", "inference/other.safetensors"]
+    left += ["quantization_config.json", "quanto_qmap.json", "quant_model_description_w8a8.json"]
     for name in copied + left:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
+    (source / "hf_quant_config.json").write_text("{}")
     main(source, tmp_path / "out")
     found = contents(tmp_path / "out")
     assert set(found) == {*copied, "model.safetensors", INDEX}
@@ -353,7 +409,28 @@ def test_links_out_of_the_checkpoint_are_left_out_and_named(tmp_path, capsys):
     os.mkfifo(source / "pipe")
     main(source, tmp_path / "out")
     assert set(contents(tmp_path / "out")) == {"model.safetensors", INDEX, "inside.json"}
-    assert "folder, link.txt, pipe" in capsys.readouterr().out
+    message = "Not copied (other weights, or not regular files): folder, link.txt, pipe\n"
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "folder"])
+def test_a_shard_in_the_output_that_another_program_wrote_is_refused_by_name(tmp_path, kind):
+    source = write_checkpoint(tmp_path / "in", {"model.safetensors": {"x": torch.ones(1)}})
+    there = tmp_path / "out/model.safetensors"
+    there.parent.mkdir()
+    if kind == "folder":
+        (there / "mine").mkdir(parents=True)
+    else:
+        mine = there if kind == "file" else tmp_path / "mine.safetensors"
+        save_file({"x": torch.ones(1)}, mine, metadata={"format": "pt"})
+    if kind == "link":
+        there.symlink_to("../mine.safetensors")
+    (tmp_path / "out/config.json").write_text("{}")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"out/model\.safetensors: was not written by this"):
+        main(source, tmp_path / "out")
+    assert contents(tmp_path) == before
+    assert there.is_symlink() == (kind == "link")
 
 
 def test_output_with_shards_of_another_checkpoint_is_refused(tmp_path):
@@ -431,7 +508,7 @@ def test_input_and_output_must_be_apart(tmp_path, out):
     write_checkpoint(tmp_path / "in", {"model.safetensors": {"x": torch.ones(1)}})
     (tmp_path / "link").symlink_to("in")
     before = contents(tmp_path)
-    with pytest.raises(UsageError, match="must lie apart"):
+    with pytest.raises(UsageError, match="the output must not lie in the input"):
         main(tmp_path / "in", tmp_path / out)
     assert contents(tmp_path) == before
 
@@ -445,7 +522,7 @@ def test_input_reached_by_another_name_is_still_the_input(tmp_path, monkeypatch)
     monkeypatch.setattr(
         type(tmp_path), "samefile", lambda a, b: {a, b} == names or same(a, b)
     )
-    with pytest.raises(UsageError, match="must lie apart"):
+    with pytest.raises(UsageError, match="the output must not lie in the input"):
         main(tmp_path / "in", tmp_path / "IN")
 
 

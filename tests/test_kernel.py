@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+import kernel
 from checkpoints import (
     assert_same_bits,
     canonical,
@@ -12,9 +13,57 @@ from checkpoints import (
     fp4_values,
     special_counts,
 )
-from kernel import Grid, dequantize, weight_dequant, widen_scales
+from kernel import FORMATS, Grid, ceil_div, dequantize, pieces, weight_dequant, widen_scales
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8}
+PACKED = ["E2M1", "INT4", "UINT4B8"]
+
+
+def code_values(codes, number_format):
+    """Return what (rows, bytes) of codes mean, as float32: torch's own cast, or plain integers."""
+    if number_format in DTYPES:
+        return codes.view(DTYPES[number_format]).float()
+    if number_format == "E2M1":
+        return fp4_values(codes)
+    nibbles = torch.stack([codes & 0xF, codes >> 4], -1).flatten(-2).int()
+    signed = nibbles - 16 * (nibbles > 7)
+    return (signed if number_format == "INT4" else nibbles - 8).float()
+
+
+def any_bits(*shape, seed=1):
+    """Return float32 numbers of random bits: of every magnitude, negative, infinite and NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**31), 2**31, shape, generator=generator)
+    return bits.to(torch.int32).view(torch.float32)
+
+
+def expected_values(codes, scales, number_format, grid):
+    """Return the oracle's values of a weight of which each slab has a matrix of scales."""
+    values = code_values(codes, number_format)[:, : grid.cols].view(-1, grid.slab_rows, grid.cols)
+    matrices = scales.view(len(values), -1, scales.shape[1])
+    return dequantized(values, matrices, (grid.block_rows, grid.block_cols)).flatten(0, 1)
+
+
+def piece_of(codes, scales, number_format, grid, piece):
+    """Return the codes and the scales of a piece, and nothing beside them."""
+    row, col, M, N = piece
+    per_byte = FORMATS[number_format].codes_per_byte
+    end = ceil_div(col + N, per_byte) if M == 1 else codes.shape[1]
+    top, bottom, left, right = grid.scale_region(*piece)
+    return (codes[row : row + M, col // per_byte : end].contiguous(),
+            scales[top:bottom, left:right].contiguous())
+
+
+def check_range(codes, scales, expected, number_format, grid, start, stop, limit, **options):
+    """Hold elements [start, stop) of a weight, piece by piece, against what is expected of all."""
+    for row, col, M, N in pieces(start, stop, grid.cols, limit):
+        operands = piece_of(codes, scales, number_format, grid, (row, col, M, N))
+        out = torch.full((M, N), 7, dtype=torch.bfloat16)
+        counts = dequantize(*operands, out, number_format, grid, row, col, **options)
+        part = expected[row : row + M, col : col + N]
+        assert_same_bits(out, part)
+        assert counts.tolist() == special_counts(part)
 
 
 @pytest.mark.parametrize("dtype", FLOAT8)
@@ -28,6 +77,23 @@ def test_every_code_times_a_scale_is_the_float32_product_rounded_once(dtype, mak
     assert_same_bits(weight_dequant(codes, scales), dequantized(codes, scales))
 
 
+@pytest.mark.parametrize("number_format", FORMATS)
+def test_the_table_of_a_number_format_is_what_its_codes_mean(number_format):
+    codes = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    expected = code_values(codes, number_format).nan_to_num(9e9)
+    assert_same_bits(FORMATS[number_format].values.view(256, -1).nan_to_num(9e9), expected)
+
+
+@pytest.mark.parametrize("number_format, first", [("INT4", 0), ("UINT4B8", -8)])
+def test_four_bit_integers_are_in_order_and_the_low_half_comes_first(number_format, first):
+    """16 codes count up from the first, two's complement from 7 on to -8."""
+    codes = torch.tensor([[low + 1 << 4 | low for low in range(0, 16, 2)]], dtype=torch.uint8)
+    integers = [first + code if first + code < 8 else code - 16 for code in range(16)]
+    out = torch.empty(1, 16, dtype=torch.bfloat16)
+    dequantize(codes, torch.tensor([[0.5]]), out, number_format, Grid(1, 16, 1, 16, 1))
+    assert out.tolist() == [[0.5 * integer for integer in integers]]
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_scales_are_widened_to_float32(scale_dtype):
     codes, scales = finite_codes(200, 300), torch.rand(2, 3).to(scale_dtype)
@@ -37,7 +103,10 @@ def test_scales_are_widened_to_float32(scale_dtype):
 @pytest.mark.parametrize(
     "shape", [(1, 1), (128, 128), (127, 129), (576, 257), (3, 1000), (1000, 3), (300, 1)]
 )
-@pytest.mark.parametrize("block", [(128, 128), (1, 32), (32, 32), (7, 100), (64, 256), (1, 1)])
+@pytest.mark.parametrize(
+    "block",
+    [(128, 128), (1, 32), (32, 32), (7, 100), (64, 256), (1, 1), (2000, 1), (1, 2000), (2000, 2000)],
+)
 def test_ragged_edges_take_the_scale_of_the_block_that_they_cut(shape, block):
     codes = finite_codes(*shape)
     scales = torch.rand(-(-shape[0] // block[0]), -(-shape[1] // block[1]))
@@ -58,16 +127,14 @@ def test_products_half_way_between_two_values_round_to_even():
 def test_scales_of_every_magnitude_keep_the_last_bit(dtype, make):
     codes = make(256, 256, dtype=dtype)
     scales = torch.logspace(-38, 38, 256, dtype=torch.float64).float().view(16, 16)
-    for part in scales, scales[:8], scales[:, :9]:  # all together, they are too large to be simple
-        part, few = part.contiguous(), codes[: 16 * part.shape[0], : 16 * part.shape[1]]
-        few = few.contiguous()
-        assert_same_bits(weight_dequant(few, part, 16), dequantized(few, part, (16, 16)))
+    scales[:, ::3] *= -1
+    for some in scales, scales[:8], scales[:, :9]:  # all together, they are too large to be simple
+        few = codes[: 16 * some.shape[0], : 16 * some.shape[1]].contiguous()
+        assert_same_bits(weight_dequant(few, some, 16), dequantized(few, some, (16, 16)))
 
 
 def test_random_scales_of_all_bit_patterns_keep_the_last_bit():
-    bits = torch.randint(-(2**31), 2**31, (64, 64), generator=torch.Generator().manual_seed(1))
-    scales = bits.to(torch.int32).view(torch.float32)
-    codes = every_code(512, 512)
+    codes, scales = every_code(512, 512), any_bits(64, 64)
     assert_same_bits(weight_dequant(codes, scales, 8), dequantized(codes, scales, (8, 8)))
 
 
@@ -78,68 +145,91 @@ def test_uint8_holds_e4m3_codes_and_int8_integers():
     assert_same_bits(weight_dequant(integers, scales), dequantized(integers, scales))
 
 
+@pytest.mark.parametrize("number_format", FORMATS)
+@pytest.mark.parametrize("make_scales", [torch.ones, torch.rand, any_bits])
+def test_zeros_have_the_sign_of_the_product(number_format, make_scales):
+    """A zero of either sign, where the format has both, times scales of either sign."""
+    scales = make_scales(64, 16)
+    scales[::2] *= -1
+    grid = Grid(64, 32, 1, 2, 64)
+    fmt = FORMATS[number_format]
+    zeros = (code_values(every_code(16, 16, torch.uint8), number_format) == 0).view(256, -1)
+    numbers = every_code(16, 16, torch.uint8).flatten()[zeros.all(1)]
+    codes = numbers[torch.arange(64 * 32 // fmt.codes_per_byte) % len(numbers)].view(64, -1)
+    expected = expected_values(codes, scales, number_format, grid)
+    assert expected.nan_to_num(0).any().item() is False
+    check_range(codes, scales, expected, number_format, grid, 0, 64 * 32, 1 << 20)
+
+
+@pytest.mark.parametrize("limit", [1, 69, 70, 700, 1 << 20])
+def test_pieces_are_whole_rows_or_a_part_of_one_and_follow_each_other(limit):
+    for start, stop in itertools.combinations_with_replacement([0, 1, 69, 70, 71, 1000, 2100], 2):
+        at = start
+        for row, col, M, N in pieces(start, stop, 70, limit):
+            assert row * 70 + col == at
+            assert 0 < M * N <= limit
+            assert (col, N) == (0, 70) or (M == 1 and col + N <= 70)
+            at += M * N
+        assert at == stop
+
+
 @pytest.mark.parametrize("make", [every_code, finite_codes])
-@pytest.mark.parametrize("band", [700, 1 << 20])
+@pytest.mark.parametrize("limit", [700, 1 << 20])
 @pytest.mark.parametrize(
-    "block_rows, block_cols, part", [(128, 128, 300), (1, 32, 300), (7, 5, 20), (50, 70, 75)]
+    "block, slab_rows",
+    [((128, 128), 300), ((1, 32), 300), ((7, 5), 20), ((50, 70), 75), ((300, 1), 300), ((9, 1), 10)],
 )
-def test_a_range_cut_anywhere_holds_the_same_values_as_the_whole(
-    make, band, block_rows, block_cols, part, monkeypatch
-):
-    monkeypatch.setattr("kernel.BAND", band)
-    rows, cols = 300, 70
-    grid = Grid(rows, cols, block_rows, block_cols, part)
-    scales = torch.rand(grid.scale_shape)
-    codes = make(rows, cols).view(torch.uint8).flatten()
-    stacked = codes.view(torch.float8_e4m3fn).view(-1, part, cols)
-    expected = dequantized(
-        stacked, scales.view(len(stacked), -1, scales.shape[1]), (block_rows, block_cols)
-    ).flatten()
+def test_a_weight_cut_anywhere_holds_the_same_values_as_the_whole(make, limit, block, slab_rows):
+    grid = Grid(300, 70, *block, slab_rows)
+    scales, codes = torch.rand(grid.scale_shape), make(300, 70).view(torch.uint8)
+    expected = expected_values(codes, scales, "E4M3", grid)
     cuts = [0, 1, 69, 70, 71, 1000, 1400, 8191, 8960, 20999, 21000]
     for start, stop in itertools.combinations(cuts, 2):
-        row, row_end, col, col_end = grid.scale_region(start, stop)
-        out = torch.full((stop - start,), 7, dtype=torch.bfloat16)
-        specials = dequantize(
-            codes[start:stop],
-            scales[row:row_end, col:col_end].contiguous(),
-            out,
-            "E4M3",
-            grid,
-            start,
-        )
-        assert_same_bits(out, expected[start:stop])
-        assert specials.tolist() == special_counts(expected[start:stop])
+        check_range(codes, scales, expected, "E4M3", grid, start, stop, limit)
 
 
-@pytest.mark.parametrize("dtype", [*FLOAT8, torch.int8])
-@pytest.mark.parametrize("scale", [1.0, 5e33, 1e36, 2e36, 1e38, torch.inf, -torch.inf, torch.nan])
-def test_nan_and_infinities_are_counted_wherever_they_come_from(dtype, scale):
-    codes, scales = every_code(256, 4, dtype), torch.ones(2, 1)
-    scales[1] = scale
-    expected = dequantized(codes, scales)
-    out = torch.empty(1024, dtype=torch.bfloat16)
-    number_format = {torch.int8: "INT8", FLOAT8[0]: "E4M3", FLOAT8[1]: "E5M2"}[dtype]
-    grid = Grid(256, 4, 128, 4, 256)
-    counts = dequantize(codes.view(torch.uint8).flatten(), scales, out, number_format, grid)
-    assert counts.tolist() == special_counts(expected)
-
-
-@pytest.mark.parametrize("block", [(1, 32), (1, 16), (128, 128)])
-def test_packed_fp4_is_cut_anywhere(block):
-    rows, cols = 37, 130
-    packed = (torch.arange(rows * cols // 2) * 37 % 256).to(torch.uint8).view(rows, -1)
-    grid = Grid(rows, cols, *block, rows)
+@pytest.mark.parametrize("number_format", PACKED)
+@pytest.mark.parametrize("block", [(1, 32), (1, 16), (128, 128), (37, 1)])
+@pytest.mark.parametrize("cols, width", [(130, 65), (129, 65), (130, 80)])
+def test_packed_codes_are_cut_anywhere_at_odd_elements_too(number_format, block, cols, width):
+    """Two codes a byte, in rows of an odd length and in rows that are wider than the weight."""
+    codes, grid = every_code(37, width, torch.uint8), Grid(37, cols, *block, 37)
     scales = torch.rand(grid.scale_shape)
     scales[-1, -1] = torch.nan
-    expected = dequantized(fp4_values(packed), scales, block).flatten()
-    for start, stop in itertools.combinations([0, 1, 2, 33, 129, 130, 131, 999, 4809, 4810], 2):
-        row, row_end, col, col_end = grid.scale_region(start, stop)
-        out = torch.full((stop - start,), 7, dtype=torch.bfloat16)
-        codes = packed.flatten()[start // 2 : (stop + 1) // 2]
-        region = scales[row:row_end, col:col_end].contiguous()
-        specials = dequantize(codes, region, out, "E2M1", grid, start)
-        assert_same_bits(out, expected[start:stop])
-        assert specials.tolist() == special_counts(expected[start:stop])
+    expected = expected_values(codes, scales, number_format, grid)
+    cuts = [0, 1, 2, 33, cols - 1, cols, cols + 1, 999, 37 * cols - 1, 37 * cols]
+    for start, stop in itertools.combinations(cuts, 2):
+        check_range(codes, scales, expected, number_format, grid, start, stop, 1 << 20)
+
+
+@pytest.mark.parametrize("number_format", DTYPES)
+def test_what_stands_beyond_the_columns_of_a_row_does_not_count(number_format):
+    codes, scales = every_code(20, 50, torch.uint8), torch.rand(20, 1)
+    codes[:, 30:] = 0x7F
+    grid = Grid(20, 30, 1, 30, 20)
+    expected = expected_values(codes, scales, number_format, grid)
+    check_range(codes, scales, expected, number_format, grid, 0, 600, 1 << 20)
+
+
+@pytest.mark.parametrize("number_format", FORMATS)
+@pytest.mark.parametrize("scale", [1.0, 5e33, 1e36, 2e36, 1e38, torch.inf, -torch.inf, torch.nan])
+def test_nan_and_infinities_are_counted_wherever_they_come_from(number_format, scale):
+    codes, grid = every_code(256, 4, torch.uint8), Grid(256, 4, 128, 4, 256)
+    scales = torch.tensor([[1.0], [scale]])
+    expected = expected_values(codes, scales, number_format, grid)
+    check_range(codes, scales, expected, number_format, grid, 0, 1024, 1 << 20)
+
+
+@pytest.mark.parametrize("number_format", FORMATS)
+@pytest.mark.parametrize("make_scales", [torch.ones, torch.rand, torch.zeros, any_bits])
+def test_division_by_the_scales_is_the_float32_quotient_rounded_once(number_format, make_scales):
+    codes, grid = every_code(60, 64, torch.uint8), Grid(60, 64, 7, 16, 20)
+    scales = make_scales(*grid.scale_shape)
+    rows = torch.tensor([grid.scale_row(row) for row in range(60)])
+    quotient = code_values(codes, number_format)[:, :64] / scales[rows].repeat_interleave(16, 1)
+    expected = canonical(quotient.bfloat16())
+    for start, stop in [(0, 3840), (1, 3840), (65, 1999), (3, 60)]:
+        check_range(codes, scales, expected, number_format, grid, start, stop, 1 << 20, divide=True)
 
 
 def test_scales_of_every_dtype_are_widened_exactly():
@@ -148,19 +238,31 @@ def test_scales_of_every_dtype_are_widened_exactly():
         wide = widen_scales(raw, dtype)
         assert_same_bits(wide[:255].double(), 2.0 ** (torch.arange(255).double() - 127))
         assert wide[255].isnan()
-    assert_same_bits(
-        widen_scales(raw, "F8_E4M3").nan_to_num(9e9), raw.view(FLOAT8[0]).float().nan_to_num(9e9)
-    )
-    for dtype, kind in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
-        assert_same_bits(
-            widen_scales(raw, dtype).nan_to_num(9e9), raw.view(kind).float().nan_to_num(9e9)
-        )
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    for dtype, kind in {**kinds, "F8_E4M3": FLOAT8[0]}.items():
+        expected = raw.view(kind).float().nan_to_num(9e9)
+        assert_same_bits(widen_scales(raw, dtype).nan_to_num(9e9), expected)
 
 
-def test_a_long_row_is_worked_off_in_bands(monkeypatch):
-    monkeypatch.setattr("kernel.BAND", 1000)
+def test_a_long_row_is_worked_off_in_pieces(monkeypatch):
+    sizes = []
+
+    def record(codes, scales, out, *more):
+        sizes.append(out.numel())
+        return dequantize(codes, scales, out, *more)
+
+    monkeypatch.setattr(kernel, "MAX_PIECE", 1000)
+    monkeypatch.setattr(kernel, "dequantize", record)
     codes, scales = finite_codes(3, 2500), torch.rand(3, 20)
     assert_same_bits(weight_dequant(codes, scales, (1, 128)), dequantized(codes, scales, (1, 128)))
+    assert sizes == [1000, 1000, 500] * 3
+
+
+@pytest.mark.parametrize("number_format", FORMATS)
+def test_no_code_is_decoded_to_a_subnormal_number(number_format):
+    """The product of a subnormal float32 takes an Intel core ten times as long as another."""
+    values = kernel._decode(every_code(16, 16, torch.uint8), FORMATS[number_format])
+    assert not ((values != 0) & (values.abs() < 2.0**-126)).any()
 
 
 def test_integers_times_infinity_and_nan_spoil_only_their_own_blocks():
@@ -200,11 +302,11 @@ def test_operands_that_do_not_fit_are_refused(x, s, block, complaint):
         weight_dequant(x, s, block)
 
 
-def test_an_empty_weight_gives_an_empty_result():
-    assert weight_dequant(torch.zeros(0, 128, dtype=torch.uint8), torch.ones(0, 1)).shape == (
-        0,
-        128,
-    )
+@pytest.mark.parametrize("rows, cols", [(0, 128), (128, 0), (0, 0)])
+def test_an_empty_weight_gives_an_empty_result(rows, cols):
+    codes = torch.zeros(rows, cols, dtype=torch.uint8)
+    out = weight_dequant(codes, torch.ones(rows // 128, cols // 128))
+    assert out.shape == (rows, cols)
 
 
 def test_the_oracle_itself_rounds_to_nearest_even():

@@ -315,6 +315,22 @@ def test_torchao_fused_experts(tmp_path, per_row):
     convert(tmp_path, tensors, expected, method("torchao"))
 
 
+@pytest.mark.parametrize("kind", ["MXFP8", "MXFP4", "NVFP4"])
+def test_torchao_microscaling_with_plain_scales(tmp_path, kind):
+    # pytorch/ao torchao/prototype/mx_formats/{mx_tensor,nvfp4_tensor}.py, is_swizzled_scales False
+    if kind == "NVFP4":
+        second = rand()
+        codes, scale, expected = nvfp4(second, divide=False)
+    else:
+        second, scale = None, exponents(30, 3, dtype=E8M0)
+        codes = packed(30, 48) if kind == "MXFP4" else finite_codes(30, 96)
+        values = fp4_values(codes) if kind == "MXFP4" else codes
+        expected = dequantized(values, powers(scale), (1, 32))
+    tensors = {"l._weight_qdata": codes, "l._weight_scale": scale}
+    tensors |= {"l._weight_per_tensor_scale": second} if second is not None else {}
+    convert(tmp_path, tensors, {"l.weight": expected}, method("torchao"))
+
+
 def test_metadata_of_torchao_does_not_reach_the_output(tmp_path):
     # The same file, flatten_tensor_state_dict: an entry for each tensor, and a list of them.
     codes, scale = finite_codes(50, 60), rand(50, 1)
