@@ -302,8 +302,8 @@ NUMBER_FORMATS = {"F8_E4M3": "E4M3", "F8_E5M2": "E5M2"}
 # group indices in order.
 SIDES = (
     "input_scale", "output_scale", "activation_scale", "act_scale", "input_scale_ub",  # activations
-    "input_scale_2", "input_zero_point", "output_zero_point", "scale_input", "qscale_act", "comfy_quant",
-    "{}_zero_point", "{}_zp", "{}_g_idx",
+    "input_scale_2", "input_zero_point", "output_zero_point", "scale_input", "qscale_act",
+    "comfy_quant", "{}_zero_point", "{}_zp", "{}_g_idx",
 )
 # May stand beside any weight, and are copied. A scale is that of the weight unless another is.
 PARAMETERS = {"bias", "e_score_correction_bias", "scale"}
@@ -384,8 +384,8 @@ FORMATS = [
     Format("Fish Audio", "{}", "{}.scale", scale_dtypes=FLOATS),
     # vllm-project/vllm models/llama.py, mistral_mapping
     Format("Mistral consolidated", "weight", "qscale_weight", scale_dtypes=FLOATS),
-    # kohya-ss/musubi-tuner modules/fp8_optimization_utils.py; comfyanonymous/ComfyUI comfy/utils.py,
-    # convert_old_quants
+    # kohya-ss/musubi-tuner modules/fp8_optimization_utils.py; comfyanonymous/ComfyUI
+    # comfy/utils.py, convert_old_quants
     Format("musubi-tuner", "weight", "scale_weight", scale_dtypes=FLOATS,
            global_scale="scale_weight_tensor"),
     Format("ComfyUI scaled", "weight", "scale_weight", scale_dtypes=FLOATS),
@@ -474,7 +474,7 @@ STRANGE_DTYPES = {  # What is never copied: only a quantized weight has a use fo
     "F8_E5M2FNUZ": "an FNUZ float, whose bits mean other values",
     "F8_E8M0": "an exponent that is the scale of no known weight",
 }
-# Words of which the name of a scale consists, whoever wrote it; one of the first kind is among them.
+# Words of which the name of a scale consists, whoever wrote it; one is of the first kind.
 SCALE_WORDS = named("scale", "scales", "scaling", "absmax", "scb", "suh", "svh", "compressed")
 OTHER_WORDS = named(
     "weight", "weights", "inv", "inverse", "reciprocal", "factor", "factors", "block", "blocks",
@@ -723,9 +723,18 @@ def counts(row: Format, evidence: Evidence, module: str) -> bool:
     )
 
 
-def find_quantization(weight: Tensor, checkpoint: Checkpoint,
-                      evidence: Evidence) -> tuple[Quantization, list[Tensor]] | None:
-    """Return how a tensor is quantized and what rivals its scale has, None if it matches no row."""
+class Match(NamedTuple):
+    """A row that fits a weight: what stands before the row's names, their stem, and the scales."""
+
+    row: Format
+    head: str
+    stem: str
+    scale: Tensor
+    factor: Tensor | None
+
+
+def find_matches(weight: Tensor, checkpoint: Checkpoint, evidence: Evidence) -> list[Match]:
+    """Return the first row that fits a weight, then those that fit it with another scale."""
     tensors, found = checkpoint.tensors, {}
     head, tail = weight.name.removesuffix(weight.leaf), weight.leaf
     for _ in range(3 if weight.dtype in F8 else 1):
@@ -736,74 +745,79 @@ def find_quantization(weight: Tensor, checkpoint: Checkpoint,
             factor = tensors.get(head + factor_name) if factor_name else None
             fits = not factor_name or (factor and factor.dtype in FLOATS)
             if fits and counts(row, evidence, weight.module):
-                found[scale.name] = row, stem, scale, factor
+                found[scale.name] = Match(row, head, stem, scale, factor)
         if found or not head:
             break
         above, dot, last = head[:-1].rpartition(".")
         head, tail = above + dot, f"{last}.{tail}"
-    if len(found) > 1:
-        meant = [name for name, (row, *_) in found.items() if row.methods & evidence.methods]
-        if len(meant) != 1:
-            raise CheckpointError(f"{weight.path}: {weight.name} has two scales, "
-                                  f"{' and '.join(found)}, and {CONFIG_NAME} names no quant_method "
-                                  "that decides; remove the one that is not meant")
-        found = {meant[0]: found.pop(meant[0]), **found}
-    if not found:
-        return None
-    (row, stem, scale, factor), *rivals = found.values()
-    rivals = [rival for _, _, rival, _ in rivals if "weight" in rival.leaf]
-    return quantize(weight, row, head, stem, scale, factor, checkpoint, evidence), rivals
+    if len(found) < 2:
+        return [*found.values()]
+    meant = [match for match in found.values() if match.row.methods & evidence.methods]
+    if len(meant) != 1:
+        raise CheckpointError(f"{weight.path}: {weight.name} has two scales, "
+                              f"{' and '.join(found)}, and {CONFIG_NAME} names no quant_method "
+                              "that decides; remove the one that is not meant")
+    return meant + [match for match in found.values() if match is not meant[0]]
 
 
-def quantize(weight: Tensor, row: Format, head: str, stem: str, scale: Tensor | None,
-             factor: Tensor | None, checkpoint: Checkpoint, evidence: Evidence) -> Quantization:
+def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
+             evidence: Evidence) -> Quantization:
     """Decide shape and grid of a weight. Raises CheckpointError where none or two grids fit."""
+    row, head, stem, scale, factor = match
     number_format = row.number_format or NUMBER_FORMATS[weight.dtype]
-    per_byte = kernel.FORMATS[number_format].codes_per_byte
-    shape = weight.shape
-    if per_byte == 2 and weight.dtype != "F4":
-        shape = (*shape[:-1], 2 * CODE_BYTES[weight.dtype] * math.prod(shape[-1:]))
-    packed_cols = math.prod(shape[-1:])
-    if row.number_format == "UINT4B8":
-        if not evidence.int4_groups:
-            raise CheckpointError(f"{weight.path}: {weight.name} is packed, and {CONFIG_NAME} does "
-                                  "not say that all such weights are symmetric with num_bits 4 "
-                                  "(others have zero points, or fit the same shapes)")
-        shape = read_shape(weight, checkpoint.tensors.get(f"{head}{stem}_shape"), packed_cols)
+    shape, packed_cols = shape_of(weight, match, number_format, checkpoint, evidence)
     matrix, first = place_in_stack(weight, scale) if row.stacked else (shape, 0)
-    scale_shape, problem = scale.shape if scale else (), ""
-    groups = evidence.int4_groups if row.number_format == "UINT4B8" else row.groups
-    if groups or row.number_format == "UINT4B8":
-        grids = find_group_grids(shape, scale_shape, groups, exact=not row.groups)
-    else:
-        grids, problem = find_grids(matrix, scale_shape, evidence.block_sizes, row.transposed,
-                                    "qkv_proj" in weight.name)
-    tiles = {(32 * ceil_div(math.prod(shape[:-1]), 128), 16 * ceil_div(math.prod(shape[-1:]), 4 * g))
-             for g in (16, 32)}
-    if not grids and scale_shape in tiles:  # pytorch/ao prototype/mx_formats
-        problem = "; they are swizzled, in the order of the GPU's tiles"
-    if row.whole_rows:
-        grids = [grid for grid in grids if grid.block_cols >= grid.cols]
+    grids, problem = grids_of(weight, row, matrix, scale.shape, evidence)
     experts = grids[0].rows // grids[0].slab_rows if grids else 0
-    if (
-        len(grids) != 1
-        or (factor and not fits_stack(factor.shape, experts, shape))
-        or (per_byte == 2 and packed_cols % 2)
-    ):
-        named = f"its scale {scale.name} is {list(scale.shape)}" if scale else "it has no scale"
-        named += f", its global scale {factor.name} {list(factor.shape)}" if factor else ""
+    stacked = factor is None or fits_stack(factor, row, experts, shape)
+    if len(grids) != 1 or packed_cols % 2 or not stacked:
+        named = [f"{tensor.name} {list(tensor.shape)}" for tensor in (scale, factor) if tensor]
         raise CheckpointError(f"{weight.path}: {weight.name} is {list(shape)} ({number_format}, "
-                              f"{evidence}), {named}: "
+                              f"{evidence}), scaled by {' and '.join(named)}: "
                               f"{'two grids fit' if len(grids) > 1 else 'no block size fits'}"
                               f"{problem}; expected one scale per tensor, expert, row, column or "
                               "block")
     output = head + stem if "{}" in row.weight else weight.name
     if output == head + "weight" != weight.name and head.endswith("_weight."):
         output = head[:-1]  # A parameter that was wrapped in a module of its name (Inkling).
-    if row.number_format != "UINT4B8":  # whose rows fill whole int32
-        packed_cols = grids[0].cols
     return Quantization(row, number_format, output, shape, scale, grids[0], factor, first,
-                        packed_cols)
+                        packed_cols or grids[0].cols)
+
+
+def shape_of(weight: Tensor, match: Match, number_format: str, checkpoint: Checkpoint,
+             evidence: Evidence) -> tuple[tuple[int, ...], int]:
+    """Return the shape of a weight's values, and how many codes a row of a packed one has."""
+    if kernel.FORMATS[number_format].codes_per_byte == 1:
+        return weight.shape, 0
+    if weight.dtype == "F4":
+        return weight.shape, math.prod(weight.shape[-1:])
+    packed_cols = 2 * CODE_BYTES[weight.dtype] * math.prod(weight.shape[-1:])
+    if weight.dtype != "I32":
+        return (*weight.shape[:-1], packed_cols), packed_cols
+    if not evidence.int4_groups:
+        raise CheckpointError(f"{weight.path}: {weight.name} is packed, and {CONFIG_NAME} does not "
+                              "say that all such weights are symmetric with num_bits 4 (others "
+                              "have zero points, or fit the same shapes)")
+    stored = checkpoint.tensors.get(f"{match.head}{match.stem}_shape")
+    return read_shape(weight, stored, packed_cols), packed_cols
+
+
+def grids_of(weight: Tensor, row: Format, shape: tuple[int, ...], scale_shape: tuple[int, ...],
+             evidence: Evidence) -> tuple[list[Grid], str]:
+    """Return the grids that a row allows, of which one is right, and why there is none."""
+    groups = evidence.int4_groups if weight.dtype == "I32" else row.groups
+    if groups:
+        grids, problem = find_group_grids(shape, scale_shape, groups, weight.dtype == "I32"), ""
+    else:
+        grids, problem = find_grids(shape, scale_shape, evidence.block_sizes, row.transposed,
+                                    "qkv_proj" in weight.name)
+    if row.whole_rows:
+        grids = [grid for grid in grids if grid.block_cols >= grid.cols]
+    rows, cols = math.prod(shape[:-1]), math.prod(shape[-1:])
+    tiles = {(32 * ceil_div(rows, 128), 16 * ceil_div(cols, 4 * group)) for group in (16, 32)}
+    if not grids and scale_shape in tiles:  # pytorch/ao prototype/mx_formats
+        problem = "; they are swizzled, in the order of the GPU's tiles"
+    return grids, problem
 
 
 def read_shape(weight: Tensor, stored: Tensor | None, packed_cols: int) -> tuple[int, ...]:
@@ -830,10 +844,10 @@ def place_in_stack(weight: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]
     return (experts, parts * rows, cols), first_row * cols
 
 
-def fits_stack(shape: tuple[int, ...], experts: int, weight_shape: tuple[int, ...]) -> bool:
-    """Return whether global scales are one, one per expert, or one per half of an expert's rows."""
-    halves = len(weight_shape) == 3 and not weight_shape[1] % 2
-    return math.prod(shape) in (1, experts) or (halves and shape == (experts, 2))
+def fits_stack(factor: Tensor, row: Format, experts: int, shape: tuple[int, ...]) -> bool:
+    """Return whether global scales are one, one per expert, or ModelOpt's two, for gate and up."""
+    halves = row.global_scale == MODELOPT_GLOBAL and experts > 1 and not shape[-2] % 2
+    return math.prod(factor.shape) in (1, experts) or (halves and factor.shape == (experts, 2))
 
 
 def find_group_grids(shape: tuple[int, ...], scale_shape: tuple[int, ...], groups: tuple[int, ...],
@@ -916,7 +930,7 @@ def squeezed(shape: tuple[int, ...], experts: int) -> tuple[int, ...]:
 
 def fitting_blocks(sizes: Iterable[tuple[int, int]], N: int, K: int,
                    scale: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return the block sizes that give a grid, but one of those that differ beyond the edge only."""
+    """Return the block sizes that give a grid, one of those that differ beyond its edge only."""
     blocks = {}
     for rows, cols in sizes:
         if (ceil_div(N, rows), ceil_div(K, cols)) == scale:
@@ -988,12 +1002,14 @@ def match(checkpoint: Checkpoint,
     """Return the weights that match a row, by name, and all their scales."""
     weights, scales = {}, {}
     for tensor in checkpoint.tensors.values():
-        if tensor.dtype in CONTAINERS:
-            found = find_quantization(tensor, checkpoint, evidence)
-            if found:
-                weights[tensor.name], rivals = found
-                used = weights[tensor.name].scale, weights[tensor.name].global_scale, *rivals
-                scales.update((scale.name, scale) for scale in used if scale)
+        found = find_matches(tensor, checkpoint, evidence) if tensor.dtype in CONTAINERS else ()
+        if found:
+            first, *rivals = found
+            weights[tensor.name] = quantize(tensor, first, checkpoint, evidence)
+            used = [first.scale, first.factor]
+            # A rival may be a parameter that is only called `scale`.
+            used += [rival.scale for rival in rivals if "weight" in rival.scale.leaf]
+            scales.update((scale.name, scale) for scale in used if scale)
     for name in weights.keys() & scales.keys():
         raise CheckpointError(f"{scales[name].path}: {name} is the scale of a weight and has a "
                               "scale itself; no known format stores them so")
@@ -1202,8 +1218,9 @@ class Shard:
 
     def sealed(self, fingerprint: str) -> bytes:
         """Return the header with a fingerprint."""
-        key = f'"{FINGERPRINT_KEY}":"'
-        return self.header.replace(f"{key}{NO_FINGERPRINT}".encode(), f"{key}{fingerprint}".encode())
+        entry = f'"{FINGERPRINT_KEY}":"{NO_FINGERPRINT}"'.encode()
+        sealed = entry.replace(NO_FINGERPRINT.encode(), fingerprint.encode())
+        return self.header.replace(entry, sealed)
 
 
 @dataclass(frozen=True)
@@ -1281,6 +1298,18 @@ def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
     ])
 
 
+def find_apart_experts(plan: Plan) -> str | None:
+    """Return a weight of one expert where the architecture's own checkpoints have them in one."""
+    kinds = {value for key, value in walk(plan.checkpoint.config) if key == "model_type"
+             and isinstance(value, str)}
+    apart = "" if kinds & {"gpt_oss", "llama4", "llama4_text"} else None
+    apart = "w[123]" if "mixtral" in kinds else apart
+    pattern = re.compile(rf".*experts\.\d+\.(?!({apart})\b).*\.weight" if apart else
+                         r".*experts\.\d+\..*", re.DOTALL)
+    names = (step.output.name for step in plan.steps) if apart is not None else ()
+    return next((name for name in names if pattern.fullmatch(name)), None)
+
+
 def plain_metadata(metadata: dict[str, str]) -> dict[str, str]:
     """Return a shard's metadata without what only a reader of quantized tensors needs.
 
@@ -1291,7 +1320,7 @@ def plain_metadata(metadata: dict[str, str]) -> dict[str, str]:
 
 
 class Ranks(NamedTuple):
-    """Which of several processes this is, in all and on this machine. By itself it is one of one."""
+    """Which of several processes this is, in all and on this machine."""
 
     rank: int = 0
     count: int = 1
@@ -1543,7 +1572,8 @@ def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
     rows, cols = grid.scale_shape
     if bottom - top > 1:  # whole rows of scales stand together
         left, right = 0, cols
-    scales = read_elements(scale, top * cols + left, (bottom - top - 1) * cols + right - left, worker)
+    count = (bottom - top) * (right - left)
+    scales = read_elements(scale, top * cols + left, count, worker)
     if scale.dtype == "F8_E4M3" and scales.numel() and scales.min() < 0:
         raise CheckpointError(f"{scale.path}: {scale.name} holds negative scales of groups; a "
                               "format that keeps something else in their sign is not known here")
@@ -1560,7 +1590,8 @@ def read_elements(scale: Tensor, first: int, count: int, worker: Worker) -> torc
     """Return `count` scales from the one numbered `first` on, as float32."""
     size = (scale.stop - scale.start) // math.prod(scale.shape)
     raw = torch.empty(count * size, dtype=torch.uint8)
-    return kernel.widen_scales(worker.read(scale.path, scale.start + first * size, raw), scale.dtype)
+    worker.read(scale.path, scale.start + first * size, raw)
+    return kernel.widen_scales(raw, scale.dtype)
 
 
 # --- write: windows under a temporary name, then the final one ---
@@ -1907,7 +1938,8 @@ def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) ->
         return values.bfloat16()
     rows = torch.arange(row, row + M) + reading.first // grid.cols
     slabs = rows // grid.slab_rows
-    rows = slabs * ceil_div(grid.slab_rows, grid.block_rows) + rows % grid.slab_rows // grid.block_rows
+    rows = rows % grid.slab_rows // grid.block_rows
+    rows += slabs * ceil_div(grid.slab_rows, grid.block_rows)
     cols = torch.arange(col, col + N) // grid.block_cols
     scales = reference_scales(reading, rows[0].item(), rows[-1].item() + 1, worker)
     scales = scales[(rows - rows[0])[:, None], cols]
@@ -2282,16 +2314,24 @@ def await_shards(shards: list[Shard], out: Path) -> None:
 
 
 def formats_table() -> str:
-    """Return the table of formats as --help and the README show it."""
-    lines = [("format", "weight", "scales", "under the methods"), ("---",) * 4]
+    """Return the table of formats as --help and the README show it.
+
+    X is the weight's name, N a number; what stands before them is the module's.
+    """
+
+    def shown(names: str) -> str:
+        names = re.sub(r"\\d(\+|\{1,9\})", "N", names.replace("{}", "X"))
+        names = re.sub(r"\(\?:(.*)\)", r"\1", names.replace("\\.", ".")).replace("|", "/")
+        return " or ".join(f"`{name}`" for name in dict.fromkeys(names.split()))
+
+    lines = [("format", "weight", "scales", "under quant_method"), ("---",) * 4]
     for row in [*FORMATS, PLAIN_CAST]:
-        weight = row.weight.replace("{}", "X").replace("\\", "").replace("?:", "")
-        scales = " ".join(f"`{name.replace('{}', 'X')}`"
-                          for name in (row.scale, row.global_scale) if name)
-        container = "/".join(sorted(row.containers)) if row.containers != F8 else "F8"
         methods = "any" if row.containers <= F8 else ", ".join(sorted(row.methods)) or "none"
-        lines.append((row.title, f"{container} `{weight}`", scales, methods))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        for key, values in row.requires:
+            methods = f"{key} {', '.join(sorted(values))}"
+        lines.append((row.title, f"{'/'.join(sorted(row.containers))} {shown(row.weight)}",
+                      ", ".join(filter(None, map(shown, (row.scale, row.global_scale)))), methods))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("F8_E4M3/F8_E5M2", "F8")
 
 
 def sized(count: int) -> str:
@@ -2361,6 +2401,7 @@ class Report:
     kept_in_fp8: dict[str, str] = field(default_factory=dict)
     cast_with_scale_1: list[str] = field(default_factory=list)
     files_left_out: list[str] = field(default_factory=list)
+    experts_apart: str | None = None
     implausible: list[str] = field(default_factory=list)
     shards_already_there: list[str] = field(default_factory=list)
     complete: bool = False
@@ -2384,6 +2425,7 @@ class Report:
         self.kept_in_fp8 = dict.fromkeys(kept, "no scale")
         self.cast_with_scale_1 = missing if plan.missing_scale == "cast" else []
         self.files_left_out = side.left_out
+        self.experts_apart = find_apart_experts(plan)
 
     def save(self, path: Path) -> None:
         record = {key: value for key, value in asdict(self).items() if value is not None}
@@ -2451,7 +2493,9 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, *, device: str = "auto"
     chosen, why = pick_device(device, ranks.local_rank)
     if ranks.rank == 0:
         several = f", {ranks.count} ranks" if ranks.count > 1 else ""
-        say(f"Device: {chosen} ({why}), {workers} workers{several}")
+        how = f"Verifying on the CPU: {workers} workers" if verify else (
+            f"Device: {chosen} ({why}), {workers} workers")
+        say(how + several)
     plan = make_plan(load_checkpoint(source), missing_scale)
     side = find_side_files(plan)
     record = Report({"input": str(source), "output": str(out), "device": str(chosen),
@@ -2488,7 +2532,8 @@ def make_output(plan: Plan, out: Path, side: SideFiles, device: torch.device, wo
             if dry_run:
                 return
             await_plan(out, digest_of(plan), ranks.rank)
-            done = find_done([shard for shard in mine if (out / shard.name).is_file()], out, workers)
+            there = [shard for shard in mine if (out / shard.name).is_file()]
+            done = find_done(there, out, workers)
         else:
             state = inspect_output(plan, out, side, workers)
             tell_state(state, plan, out, workers, record)
@@ -2525,8 +2570,8 @@ def make_output(plan: Plan, out: Path, side: SideFiles, device: torch.device, wo
 def tell_plan(record: Report) -> None:
     """Print what will be done."""
     for side, numbers in (("Input", record.input), ("Output", record.output)):
-        say(f"{side}: {counted(numbers['shards'], 'shard')}, {counted(numbers['tensors'], 'tensor')}"
-            f", {sized(numbers['bytes'])}")
+        shards, tensors = (counted(numbers[f"{noun}s"], noun) for noun in ("shard", "tensor"))
+        say(f"{side}: {shards}, {tensors}, {sized(numbers['bytes'])}")
     for kind, count in record.dequantized.items():
         say(f"  {counted(count, 'weight')} to dequantize: {kind}")
     say(f"  {counted(record.copied, 'tensor')} to copy, {counted(record.dropped, 'scale')} to drop")
@@ -2535,6 +2580,9 @@ def tell_plan(record: Report) -> None:
     if record.files_left_out:
         say("Not copied (other weights, or not regular files): "
             f"{', '.join(record.files_left_out)}")
+    if record.experts_apart:
+        say(f"Experts stand by themselves ({record.experts_apart}), where models of this "
+            "architecture have them in one tensor: loaders may not find them")
     for line in record.implausible:
         print(printable(f"Warning: {line}"), file=sys.stderr, flush=True)
 

@@ -18,24 +18,24 @@ Then, on the output of ours:
 - again: ours once more, which finds nothing to do.
 
 Before each run the page cache is dropped where that is permitted. Then, as with "kernel" alone, the
-dequantization itself, on one core and on all, beside torch's float8 cast and beside a copy in
-memory of as many bytes; on a GPU, if there is one, beside a copy there. Prints medians with their
-spread and ends with one line of JSON; --plot draws the seconds of the contenders.
+dequantization itself, on one core and on all, for codes of several distributions, beside torch's
+float8 cast and beside a copy in memory of as many bytes; on a GPU, if there is one, beside a copy
+there. Prints medians with their spread and ends with one line of JSON; --plot draws the seconds of
+the contenders.
 
-- tuning: ours with other windows, other numbers of workers, and always or never past the page
-  cache, cold and with the input cached.
+- tuning: ours with other windows and other numbers of workers.
 - scaling: ours and floor for 1, 2, 4 and 8 GB of experts, for 8 GB in one tensor, and for 50,000
   weights of 4 KB.
 - plan: --dry-run and a run that finds nothing to do on the real layout of DeepSeek-V3, in sparse
   files and with what they hold cached.
-- ranks: one and two ranks of torchrun on one machine, and a rehearsal of more: how evenly
-  DeepSeek-V3's bytes fall on them if all are equally fast, and what their store has to bear.
+- ranks: one and two ranks of torchrun on one machine, and how evenly DeepSeek-V3's shards fall on
+  more of them.
 """
 
 import argparse
 import collections
+import contextlib
 import functools
-import heapq
 import importlib.util
 import json
 import multiprocessing
@@ -46,12 +46,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -59,12 +57,10 @@ DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 def run_ours(source: str, out: str, device: str = "cpu", workers: int | None = None,
-             window: int = 16 << 20, cached: bool | None = None) -> None:
+             window: int = 16 << 20) -> None:
     import fp8_cast_bf16
 
     fp8_cast_bf16.WINDOW = window
-    if cached is not None:
-        fp8_cast_bf16.is_cached = lambda file: cached
     fp8_cast_bf16.main(source, out, device=device, workers=workers)
 
 
@@ -73,7 +69,8 @@ def run_floor(source: str, out: str) -> None:
 
     import fp8_cast_bf16
 
-    fp8_cast_bf16.kernel.dequantize = lambda *operands: torch.zeros(2)
+    nothing = torch.zeros(2, dtype=torch.int64)
+    fp8_cast_bf16.kernel.dequantize = lambda *operands: nothing
     fp8_cast_bf16.main(source, out, device="cpu")
 
 
@@ -117,22 +114,18 @@ def run_verify(source: str, out: str) -> None:
 
 
 def run_reading(source: str, out: str) -> None:
-    import torch
-
     import fp8_cast_bf16
 
-    def read(step, tensor, rectangle, worker):
-        row, col, M, N = rectangle
+    def read(step, tensor, piece, worker):
+        row, col, M, N = piece
+        places = [(tensor, fp8_cast_bf16.element_size(tensor)), (step.source, 1)]
         if step.quantization is None:
-            worker.read(step.source.path, step.source.start + col, N)
-            worker.read(tensor.path, tensor.start + col, N)
-        else:
-            start = row * step.quantization.grid.cols + col
-            worker.read(step.source.path, step.source.start + start, M * N)
-            worker.read(tensor.path, tensor.start + 2 * start, 2 * M * N)
+            places[1] = step.source, places[0][1]
+        for place, size in places:
+            start = place.start + (row * fp8_cast_bf16.cols_of(step) + col) * size
+            worker.read(place.path, start, worker.scratch("codes", M * N * size))
 
-    torch.set_num_threads(1)
-    fp8_cast_bf16.compare_chunk = read
+    fp8_cast_bf16.compare_piece = read
     fp8_cast_bf16.main(source, out, verify=True)
 
 
@@ -161,15 +154,18 @@ def run_ranks(source: str, out: str, ranks: int) -> None:
 
 def run_layout(source: str, out: str) -> None:
     """Make DeepSeek-V3's shards and what they are converted to, both of zeros, in sparse files."""
+    import torch
+
     import fp8_cast_bf16
     from make_checkpoint import deepseek_v3_tensors, make_layout
 
     make_layout(Path(source), list(deepseek_v3_tensors()), 163)
     plan = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(Path(source)))
+    worker = fp8_cast_bf16.Worker(torch.device("cpu"), 0)
     os.makedirs(out)
     for shard in plan.shards:
         with open(Path(out, shard.name), "wb") as file:
-            file.write(shard.header)
+            file.write(shard.sealed(fp8_cast_bf16.fingerprint_of(shard, worker)))
             file.truncate(shard.size)
     for name, text in fp8_cast_bf16.bf16_texts(plan).items():
         Path(out, name).write_text(text)
@@ -183,10 +179,6 @@ GPU_COPIES = 32  # of the weight that the CPU gets, or launching would take long
 GPU_RUNS = {"ours on GPU": functools.partial(run_ours, device="cuda")}
 LATER_RUNS = {"verify": run_verify, "reading": run_reading, "again": run_again}
 IMPORT = {"import": run_import}
-READS = {
-    f"{name} reads": functools.partial(run_ours, cached=cached)
-    for name, cached in (("direct", False), ("buffered", True))
-}
 TUNING = {
     f"windows {size} MiB": functools.partial(run_ours, window=size << 20) for size in (4, 8, 32, 64)
 }
@@ -196,8 +188,17 @@ RANK_RUNS = {
     "1 rank": functools.partial(run_ranks, ranks=1),
     "2 ranks": functools.partial(run_ranks, ranks=2),
 }
-WRITING = {**OURS, **FLOOR, **OTHERS, **GPU_RUNS, **RANK_RUNS, **READS, **TUNING}
+WRITING = {**OURS, **FLOOR, **OTHERS, **GPU_RUNS, **RANK_RUNS, **TUNING}
 ALL_RUNS = {**WRITING, **LATER_RUNS, **PLAN_RUNS, "layout": run_layout}
+
+
+def processor_name() -> str:
+    """Return what the processor calls itself, on Linux, or what it is."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def drop_caches() -> bool:
@@ -305,7 +306,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict:
     startup = figures["import"]["wall"]
     cold = "cold" if drop_caches() else "as it comes (dropping it is not permitted)"
     title = f"{read / 1e9:.2f} GB in, {written / 1e9:.2f} GB out, {os.cpu_count()} cores"
-    print(f"{platform.machine()}, {title}, {options.shards} shards; ", end="")
+    print(f"{processor_name()}, {title}, {options.shards} shards; ", end="")
     print(f"{options.runs} runs, cache {cold}")
     print_table(figures, written)
     ratios = {f"{name}_over_floor": ratio(runs, name, "floor", startup) for name in ("ours", *gpu)}
@@ -331,68 +332,110 @@ def median_seconds(actions: dict[str, Callable], times: int) -> dict[str, float]
     return {name: statistics.median(all_of[1:]) for name, all_of in seconds.items()}
 
 
-def measure_kernel(folder: Path, options: argparse.Namespace) -> dict:
-    """Time the dequantization alone beside a memory copy and torch's float8 cast."""
+class Case(NamedTuple):
+    """A weight to dequantize: how its codes are spread, their format, rows and columns of a block.
+
+    codes: "usual", of a weight whose largest value in 4 sigma is 400; "cast", of a plain cast of
+    weights of 0.02, half of them subnormal; "uniform", each of the 254 finite codes as often.
+    """
+
+    codes: str
+    number_format: str
+    block_rows: int
+    block_cols: int
+
+
+KERNEL_ROWS, KERNEL_COLS = 4096, 7168
+KERNEL_CASES = {
+    "128x128": Case("usual", "E4M3", 128, 128),
+    "per row": Case("usual", "E4M3", 1, KERNEL_COLS),
+    "per tensor": Case("usual", "E4M3", KERNEL_ROWS, KERNEL_COLS),
+    "1x32": Case("usual", "E4M3", 1, 32),
+    "plain cast": Case("cast", "E4M3", KERNEL_ROWS, KERNEL_COLS),
+    "uniform codes": Case("uniform", "E4M3", 128, 128),
+    "FP4 1x32": Case("uniform", "E2M1", 1, 32),
+    "INT4 1x128": Case("uniform", "INT4", 1, 128),
+}
+
+
+def make_codes() -> dict:
+    """Return codes of each distribution that Case names, as flat uint8."""
+    import torch
+
+    n, e4m3 = KERNEL_ROWS * KERNEL_COLS, torch.float8_e4m3fn
+    uniform = torch.randint(0, 254, (n,), dtype=torch.uint8)
+    return {
+        "usual": torch.randn(n).clamp(-4, 4).mul_(100).to(e4m3).view(torch.uint8),
+        "cast": torch.randn(n).mul_(0.02).to(e4m3).view(torch.uint8),
+        "uniform": uniform + (uniform >= 0x7F),  # 0x7F and 0xFF are NaN
+    }
+
+
+def dequantization(case: Case, codes, device: str = "cpu", copies: int = 1) -> Callable[[], None]:
+    """Return what dequantizes a case: by the converter's pieces, on a GPU all at once."""
     import torch
 
     import kernel
 
-    rows, cols, cores = 4096, 7168, len(os.sched_getaffinity(0))
-    rows -= rows % (cores * 128)
-    n = rows * cols
-    codes = torch.randn(n).clamp(-4, 4).mul_(100).to(torch.float8_e4m3fn).view(torch.uint8)
-    out = torch.empty(n, dtype=torch.bfloat16)
+    rows, cols = KERNEL_ROWS * copies, KERNEL_COLS
+    grid = kernel.Grid(rows, cols, case.block_rows, case.block_cols, rows)
+    plain = case.codes == "cast"
+    scales = torch.ones(grid.scale_shape) if plain else torch.rand(grid.scale_shape).add_(0.1)
+    width = cols // kernel.FORMATS[case.number_format].codes_per_byte
+    codes = codes[: KERNEL_ROWS * width].view(-1, width).to(device).repeat(copies, 1)
+    scales, out = scales.to(device), torch.zeros(rows, cols, dtype=torch.bfloat16, device=device)
+    limit = kernel.MAX_PIECE if device == "cpu" else rows * cols
+    calls = []
+    for row, col, M, N in kernel.pieces(0, rows * cols, cols, limit):
+        top, bottom, _, _ = grid.scale_region(row, col, M, N)
+        operands = codes[row : row + M], scales[top:bottom], out[row : row + M]
+        calls.append((*operands, case.number_format, grid, row, col))
+
+    def act() -> None:
+        for call in calls:
+            kernel.dequantize(*call)
+
+    return act
+
+
+def measure_kernel(folder: Path, options: argparse.Namespace) -> dict:
+    """Time the dequantization alone beside a memory copy and torch's float8 cast.
+
+    It runs on one thread that has all cores for each operation, as the converter's decoder does.
+    """
+    import torch
+
+    n, codes = KERNEL_ROWS * KERNEL_COLS, make_codes()
+    actions = {name: dequantization(case, codes[case.codes])
+               for name, case in KERNEL_CASES.items()}
+    out = torch.zeros(n, dtype=torch.bfloat16)
+    for name, distribution in (("torch's cast", "usual"), ("the same, plain", "cast")):
+        actions[name] = functools.partial(out.copy_, codes[distribution].view(torch.float8_e4m3fn))
     place, source = (torch.zeros(n * 3 // 2, dtype=torch.uint8) for _ in range(2))
-    grids = {"128x128": (128, 128), "per row": (1, cols), "per tensor": (rows, cols)}
-    grids |= {"1x32": (1, 32), "FP4 1x32": (1, 32)}
-    pool = ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=[1])
-
-    def dequantize(name, device="cpu", copies=1):
-        grid = kernel.Grid(copies * rows, cols, *grids[name], copies * rows)
-        number_format = "E2M1" if "FP4" in name else "E4M3"
-        scales = torch.rand(grid.scale_shape).add_(0.1).to(device)
-        data, values = (t.to(device).expand(copies, n).flatten() for t in (codes, out))
-        per_byte = kernel.FORMATS[number_format].codes_per_byte
-
-        def part(start, stop):
-            row, row_end, _, _ = grid.scale_region(start, stop)
-            some, into = data[start // per_byte : stop // per_byte], values[start:stop]
-            kernel.dequantize(some, scales[row:row_end], into, number_format, grid, start)
-
-        return part
-
-    def on_all(action):
-        edges = [n // cores * i for i in range(cores + 1)]
-        return lambda: [*pool.map(action, edges[:-1], edges[1:])]
-
-    parts = {name: dequantize(name) for name in grids}
-
-    def cast(start, stop):
-        out[start:stop].copy_(codes[start:stop].view(torch.float8_e4m3fn))
-
-    def copy(start, stop):
-        start, stop = start * 3 // 2, stop * 3 // 2
-        place[start:stop].copy_(source[start:stop])
-
-    parts |= {"torch's cast": cast, "memory copy": copy}
-    torch.set_num_threads(1)
-    alone = {name: functools.partial(part, 0, n) for name, part in parts.items()}
-    one = median_seconds(alone, options.runs)
-    all_cores = median_seconds({name: on_all(part) for name, part in parts.items()}, options.runs)
-    print(f"G elements/s, medians of {options.runs}; the copy moves as many bytes as E4M3 to BF16")
+    actions["memory copy"] = functools.partial(place.copy_, source)
+    cores = len(os.sched_getaffinity(0))
+    rates = {name: [] for name in actions}
+    for threads in (1, cores):
+        torch.set_num_threads(threads)
+        for name, seconds in median_seconds(actions, options.runs).items():
+            rates[name].append(n / seconds / 1e9)
+    print(f"{processor_name()}: G elements/s, medians of {options.runs}; the copy moves as many ",
+          end="")
+    print("bytes as E4M3 to BF16")
     print(f"{'':18}{'1 core':>9}{f'{cores} cores':>9}")
-    rates = {name: [n / one[name] / 1e9, n / all_cores[name] / 1e9] for name in one}
     for name, (single, many) in rates.items():
         print(f"{name:18}{single:9.2f}{many:9.2f}")
+    record = {"processor": processor_name(), **rates}
     if torch.cuda.is_available():
-        parts = {name: dequantize(name, "cuda", GPU_COPIES) for name in grids}
-        rates["GPU"] = measure_gpu(parts, GPU_COPIES * n, options)
-    return rates
+        record["GPU"] = measure_gpu(codes, options)
+    return record
 
 
-def measure_gpu(parts: dict[str, Callable], n: int, options: argparse.Namespace) -> dict:
+def measure_gpu(codes: dict, options: argparse.Namespace) -> dict:
     """Time the Triton kernel beside a copy on the GPU of as many bytes: shares of its rate."""
     import torch
+
+    n, shares = GPU_COPIES * KERNEL_ROWS * KERNEL_COLS, {}
 
     def repeated(action):
         def run():
@@ -402,18 +445,16 @@ def measure_gpu(parts: dict[str, Callable], n: int, options: argparse.Namespace)
 
         return run
 
-    copies = {}
-    for size in {3 * n, 5 * n // 2}:  # read and written for FP8 and for FP4
+    print(torch.cuda.get_device_name())
+    for name, case in KERNEL_CASES.items():
+        size = 3 * n if case.number_format == "E4M3" else 5 * n // 2  # read and written
         source = torch.zeros(size // 2, dtype=torch.uint8, device="cuda")
-        copies[size] = functools.partial(torch.empty_like(source).copy_, source)
-    actions = {name: repeated(functools.partial(part, 0, n)) for name, part in parts.items()}
-    actions |= {size: repeated(copy) for size, copy in copies.items()}
-    seconds = median_seconds(actions, options.runs)
-    shares = {}
-    for name in parts:
-        size = 5 * n // 2 if "FP4" in name else 3 * n
-        shares[name] = seconds[size] / seconds[name]
-        rate = 20 * size / seconds[name] / 1e12
+        place = torch.empty_like(source)
+        ours = dequantization(case, codes[case.codes], "cuda", GPU_COPIES)
+        actions = {"ours": repeated(ours), "copy": repeated(lambda: place.copy_(source))}  # noqa: B023
+        seconds = median_seconds(actions, options.runs)
+        shares[name] = seconds["copy"] / seconds["ours"]
+        rate = 20 * size / seconds["ours"] / 1e12
         print(f"GPU, {name}: {rate:.2f} TB/s, {shares[name]:.0%} of a copy's rate")
     return shares
 
@@ -485,24 +526,17 @@ def measure_scaling(folder: Path, options: argparse.Namespace) -> dict:
 
 
 def measure_tuning(folder: Path, options: argparse.Namespace) -> dict:
-    """Time ours as it is beside ours with other constants."""
+    """Time ours as it is beside ours with other windows and other numbers of workers."""
     source, out = folder / "fp8", folder / "bf16"
     make_source(source, options)
-    record = {}
-    for cold, contenders in ((True, {**READS, **TUNING}), (False, READS)):
-        for path in source.glob("*.safetensors"):
-            shutil.copyfile(path, os.devnull)
-        case = "cold" if cold else "cached"
-        runs = take_turns([*OURS, *FLOOR, *contenders, *IMPORT], source, out, options.runs, cold)
-        figures = {contender: summarize(results) for contender, results in runs.items()}
-        print(f"{case}, {options.runs} runs")
-        print_table(figures, bytes_of(out))
-        startup = figures["import"]["wall"]
-        ratios = {name: ratio(runs, name, "ours", startup) for name in (*FLOOR, *contenders)}
-        for name, value in ratios.items():
-            print(f"{name}: {value:.2f} x ours, net of import (median of pairs)")
-        record[case] = {**figures, "over_ours": ratios}
-    return record
+    runs = take_turns([*OURS, *FLOOR, *TUNING, *IMPORT], source, out, options.runs)
+    figures = {contender: summarize(results) for contender, results in runs.items()}
+    print_table(figures, bytes_of(out))
+    startup = figures["import"]["wall"]
+    ratios = {name: ratio(runs, name, "ours", startup) for name in (*FLOOR, *TUNING)}
+    for name, value in ratios.items():
+        print(f"{name}: {value:.2f} x ours, net of import (median of pairs)")
+    return {**figures, "over_ours": ratios}
 
 
 def measure_plan(folder: Path, options: argparse.Namespace) -> dict:
@@ -522,90 +556,35 @@ def measure_plan(folder: Path, options: argparse.Namespace) -> dict:
     return {"beyond_import": beyond, **figures}
 
 
-def imbalance(sizes: list[int], ranks: int) -> float:
-    """Return the longest rank's share over the mean, if each takes the next when it is free."""
-    loads = [0] * ranks
-    for size in sizes:
-        heapq.heappush(loads, heapq.heappop(loads) + size)
-    return max(loads) * ranks / sum(loads)
+def imbalance(shards: list, ranks: int) -> float:
+    """Return the bytes of the rank that writes most over the mean."""
+    from fp8_cast_bf16 import shards_of_rank
 
-
-def store_rate(clients: int = 64, each: int = 500) -> float:
-    """Return how many counts a second torch's store takes from clients in threads of a process."""
-    import torch.distributed as distributed
-
-    server = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    stores = [distributed.TCPStore("127.0.0.1", server.port) for _ in range(clients)]
-
-    def work(store):
-        for _ in range(each):
-            store.add("counter", 1)
-
-    threads = [threading.Thread(target=work, args=(store,)) for store in stores]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds = time.perf_counter() - began
-    assert server.add("counter", 0) == clients * each, "counts were lost"
-    return clients * each / seconds
-
-
-def rehearse_ranks(folder: Path) -> dict[str, float]:
-    """Plan DeepSeek-V3 as ranks of their own do, and share it out among 8, 64 and 256 of them."""
-    import fp8_cast_bf16
-    from make_checkpoint import deepseek_v3_tensors, make_layout
-
-    make_layout(folder, list(deepseek_v3_tensors()), 163)
-    code = (
-        "import sys, fp8_cast_bf16 as f; from pathlib import Path; job = f.Job(); job.size = 2; "
-        "job.gather = lambda key, value: [value, value]; "
-        "job.share = lambda key, value: (print(value[0]), value)[1]; "
-        "job.agree(f.make_plan(f.load_checkpoint(Path(sys.argv[1]))))"
-    )
-    command = [sys.executable, "-c", code, folder]
-    plans = {
-        subprocess.check_output(command, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": str(seed)})
-        for seed in range(4)
-    }
-    assert len(plans) == 1, f"plans differ: {plans}"
-    plan = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(folder))
-    jobs = [fp8_cast_bf16.Job() for _ in range(64)]
-    for job in jobs:
-        job.counts, job.lock = jobs[0].counts, jobs[0].lock
-    span = fp8_cast_bf16.SPAN * fp8_cast_bf16.WINDOW
-    shards = sorted(plan.shards, key=lambda shard: -shard.size)
-    spans = [min(span, shard.size - start) for shard in shards
-             for start in range(0, shard.size, span)]
-    rows = [job.claimed("span", range(len(spans))) for job in jobs]
-    claims = collections.Counter(number for row in zip_longest(*rows) for number in row)
-    claims.pop(None, None)
-    assert claims == dict.fromkeys(range(len(spans)), 1), "a span was taken twice, or by nobody"
-    figures = {"spans": len(spans), "store_counts_per_second": store_rate()}
-    print(f"DeepSeek-V3: 4 processes plan the same; 64 ranks take {len(spans)} spans once each")
-    print("longest rank over mean, calculated for ranks of equal speed:")
-    for ranks in (8, 64, 256):
-        shared, whole = imbalance(spans, ranks), imbalance([s.size for s in shards], ranks)
-        print(f"{ranks:5} ranks: {shared:.3f} sharing spans, {whole:.3f} taking whole shards")
-        figures |= {f"imbalance_{ranks}": shared, f"imbalance_{ranks}_whole": whole}
-    traffic = 256 * (2 * 1e9 / span + 1 / fp8_cast_bf16.POLL)
-    print(f"256 ranks at 1 GB/s each count {traffic:.0f} times a second (calculated); ", end="")
-    print(f"the store took {figures['store_counts_per_second']:.0f} from 64 threads (measured)")
-    return figures
+    loads = [sum(shard.size for shard in shards_of_rank(shards, rank, ranks))
+             for rank in range(ranks)]
+    total = sum(shard.size for shard in shards)
+    assert sum(loads) == total, "a shard is written twice, or by nobody"
+    return max(loads) * ranks / total
 
 
 def measure_ranks(folder: Path, options: argparse.Namespace) -> dict:
-    """Time one and two ranks in turn on one machine, then rehearse many."""
-    source, out = folder / "fp8", folder / "bf16"
+    """Time one and two ranks in turn on one machine, then calculate what falls on more of them."""
+    import fp8_cast_bf16
+    from make_checkpoint import deepseek_v3_tensors, make_layout
+
+    source, out, layout = folder / "fp8", folder / "bf16", folder / "layout"
     make_source(source, options)
     runs = take_turns([*RANK_RUNS], source, out, options.runs)
     figures = {contender: summarize(results) for contender, results in runs.items()}
     print_table(figures, bytes_of(out))
     two_over_one = ratio(runs, *RANK_RUNS)
     print(f"two ranks are {two_over_one:.2f} x as fast as one (median of pairs, whole processes)")
-    shutil.rmtree(source)
-    return {"two_over_one": two_over_one, **figures, **rehearse_ranks(folder / "layout")}
+    make_layout(layout, list(deepseek_v3_tensors()), 163)
+    plan = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(layout))
+    shares = {ranks: imbalance(plan.shards, ranks) for ranks in (8, 32, 64)}
+    print("DeepSeek-V3, the bytes of the rank that writes most over the mean, calculated: ", end="")
+    print(", ".join(f"{share:.3f} on {ranks} ranks" for ranks, share in shares.items()))
+    return {"two_over_one": two_over_one, **figures, "imbalance": shares}
 
 
 def make_source(source: Path, options: argparse.Namespace) -> None:

@@ -598,7 +598,7 @@ LAYOUTS = [  # what it is, its tensors and config, and one of the words that the
     # huggingface/transformers quantizers/quantizer_torchao.py
     ("torchao SmoothQuant", {**KNOWN["torchao"][0], "l._weight_act_pre_scale": rand(8)},
      method("torchao"), "l._weight_act_pre_scale"),
-    # pytorch/ao prototype/mx_formats: the scales of [192, 416] in tiles, as mxfp4 and mxfp8 have them
+    # pytorch/ao prototype/mx_formats: scales of [192, 416] in tiles
     *[(f"torchao swizzled {codes.dtype}",
        at("l", _weight_qdata=codes, _weight_scale=exponents(64, 64, dtype=E8M0)),
        method("torchao"), "swizzled") for codes in (packed(192, 208), finite_codes(192, 416))],

@@ -343,11 +343,18 @@ def test_values_come_back_from_another_device_into_the_window(tmp_path, monkeypa
         streams.append(stream)
         return contextlib.nullcontext()
 
+    def without_pinning(size, pinned):
+        asked.add(pinned)
+        return real(size, False)
+
+    real, asked = fp8_cast_bf16.page_aligned, set()
+    monkeypatch.setattr(fp8_cast_bf16, "page_aligned", without_pinning)
     monkeypatch.setattr(fp8_cast_bf16.Worker, "__init__", with_stream)
     monkeypatch.setattr(torch.cuda, "stream", use)
     monkeypatch.setattr(fp8_cast_bf16, "WINDOW", 5 << 12)
     fp8_cast_bf16.main(tmp_path / "in", tmp_path / "other", device="cpu", workers=3)
     assert 1 <= len(set(streams)) <= 3
+    assert True in asked
     assert contents(tmp_path / "other") == contents(tmp_path / "cpu")
 
 

@@ -594,3 +594,17 @@ def test_files_that_only_describe_the_quantization_are_not_copied(tmp_path):
     names = {"model.safetensors", "tokenizer.json", "my_quant_notes.json"}
     index = "model.safetensors.index.json"
     assert set(contents(tmp_path / "out")) - {index} == names
+
+
+@pytest.mark.parametrize("kind, name, said", [
+    ("gpt_oss", "mlp.experts.0.up_proj", True),
+    ("mixtral", "block_sparse_moe.experts.0.up_proj", True),
+    ("mixtral", "block_sparse_moe.experts.0.w1", False),
+    ("qwen3_moe", "mlp.experts.0.up_proj", False),
+])
+def test_experts_that_loaders_may_not_find_are_mentioned(tmp_path, capsys, kind, name, said):
+    # vllm-project/llm-compressor takes the fused experts of these models apart
+    tensors = {f"model.{name}.weight": finite_codes(4, 4), f"model.{name}.weight_scale": rand(1)}
+    write_checkpoint(tmp_path / "in", {"model.safetensors": tensors}, {"model_type": kind})
+    main(tmp_path / "in", tmp_path / "out")
+    assert (f"Experts stand by themselves (model.{name}.weight)" in capsys.readouterr().out) == said
