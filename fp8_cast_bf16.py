@@ -1127,9 +1127,10 @@ def judge_rest(checkpoint: Checkpoint, evidence: Evidence, weights: dict[str, Qu
         noted = tensor.dtype == "U8" and tensor.module in evidence.notes
         if partner or (codes and (noted or (strange and (named_so or unknown)))):
             beside = f", beside {partner}" if partner else ""
+            stored = f"; {partner} is {checkpoint.tensors[partner].dtype}" if partner else ""
             raise CheckpointError(f"{tensor.path}: {tensor.name} ({tensor.dtype}{beside}) looks "
-                                  f"quantized, in no format known here ({evidence}); only the "
-                                  "config could tell what such bytes mean; dequantize this "
+                                  f"quantized, in no format known here ({evidence}){stored}; only "
+                                  "the config could tell what such codes mean; dequantize this "
                                   "checkpoint with the tool that made it")
         if tensor.dtype in STRANGE_DTYPES:
             raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}, "
@@ -1395,8 +1396,7 @@ def open_raw(path: Path, mode: str, flags: int = 0):
 class Worker:
     """What one thread needs to render windows: buffers, open files, a GPU stream, and counts.
 
-    nonfinite: how many values of a weight are of one of the kinds NONFINITE. decoder: the thread
-    that all workers of the CPU decode on.
+    nonfinite: how many values of a weight are of one of the kinds NONFINITE.
     """
 
     def __init__(self, device: torch.device, window: int):
@@ -1406,7 +1406,6 @@ class Worker:
         self.memory, self.files = {}, {}
         self.nonfinite = Counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.decoder = None
 
     @contextmanager
     def timed(self, phase: str):
@@ -1432,7 +1431,7 @@ class Worker:
             while view:
                 size = file.readinto(view)
                 if not size:
-                    raise CheckpointError(f"{path}: ends at byte {file.tell()}; it was cut")
+                    raise CheckpointError(f"{path}: ends at byte {path.stat().st_size}; it was cut")
                 view = view[size:]
         return into
 
@@ -1447,11 +1446,8 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
     """Let every worker, a thread each, take tasks until there are none or one of them has failed.
 
     A task is a shard and what `work` takes after the worker and the shard; work returns how many
-    of `total` bytes are done.
-
-    On the CPU one more thread decodes for all, with every core in each operation: threads that take
-    turns at Python's lock between short operations gain nothing from more than four cores (of 16,
-    1.8 G elements/s became 7.5).
+    of `total` bytes are done. The workers are the threads: torch's own would wait for each other at
+    the end of every operation, on cores that the reads and writes of other workers keep busy.
     """
     lock, stopped, tasks = threading.Lock(), threading.Event(), iter(tasks)
     threads = torch.get_num_threads()
@@ -1470,20 +1466,13 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
                 bar.set_description(printable(f"{doing} {task[0].name}"), refresh=False)
                 bar.update(size)
 
-    def start_decoder() -> None:
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(False)
-
-    executor, decoder = ThreadPoolExecutor(len(pool)), ThreadPoolExecutor(1, "", start_decoder)
+    executor = ThreadPoolExecutor(len(pool))
     try:
-        for worker in pool:
-            worker.decoder = decoder
         for future in as_completed([executor.submit(loop, worker) for worker in pool]):
             future.result()
     finally:
         stopped.set()
         executor.shutdown()
-        decoder.shutdown()
         bar.close()
         torch.set_num_threads(threads)
         for worker in pool:
@@ -1536,9 +1525,7 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, plac
     """Dequantize a piece where the worker's device is; return the counts of NONFINITE."""
     *_, divide = place
     if worker.stream is None or divide:
-        call = kernel.dequantize, codes, scales, values, *place
-        counts = worker.decoder.submit(*call).result() if worker.decoder else call[0](*call[1:])
-        return counts.tolist()
+        return kernel.dequantize(codes, scales, values, *place).tolist()
     with torch.cuda.stream(worker.stream):
         codes, scales = (t.to(worker.device, non_blocking=True) for t in (codes, scales))
         result = torch.empty_like(values, device=worker.device)

@@ -20,9 +20,11 @@ from dataclasses import dataclass
 import torch
 
 BF16_INFINITY, BF16_NAN = 0x7F80, 0x7FC0
-# Elements of a piece: the CPU's scratch, 6 bytes each, then stays in the caches of several cores,
-# and malloc hands the same memory out again instead of mapping it anew.
-MAX_PIECE = 1 << 21
+# Elements of a piece on the CPU, for which a thread keeps 6 bytes of scratch each.
+MAX_PIECE = 1 << 20
+MAX_SCALE = 2.0**100  # On the CPU no product with a smaller scale overflows.
+SCRATCH, MAX_VIEWS = threading.local(), 64
+NONE_COUNTED = torch.zeros(2, dtype=torch.int64)  # Neither NaN nor infinities.
 LAUNCH = threading.Lock()  # Of several threads one compiles the kernel, and the others find it.
 
 
@@ -54,24 +56,19 @@ class NumberFormat:
         return 2.0 ** (2 ** (exponent_bits - 1) - 2 ** (self.exponent_bits - 1))
 
     @functools.cached_property
-    def limit(self) -> float:
-        """A scale of a smaller magnitude can take over that power of two, or be multiplied with any
-        finite value, without overflow.
-        """
-        largest = 2.0 ** (2 ** (self.exponent_bits - 1) + 1) if self.exponent_bits else 128.0
-        return 2.0**127 / max(self.too_small(8) if self.exponent_bits else 1.0, largest)
-
-    @functools.cached_property
     def constants(self) -> dict[str, int | float]:
         """What the Triton kernel, which decodes to float32 bits, has to know of a format."""
         bits = self.exponent_bits + self.mantissa_bits
         # A code stands in the upper bits of its byte, which is extended by its sign to an int32.
         shift = 8 + 8 // self.codes_per_byte + 7 - self.mantissa_bits
         mask = ((1 << bits) - 1 << 23 - self.mantissa_bits) - (1 << 31)
-        limit = torch.tensor(self.limit).view(torch.int32).item()
+        # A smaller scale can take over RESCALE, or be multiplied with any value, without overflow.
+        largest = 2.0 ** (2 ** (self.exponent_bits - 1) + 1) if self.exponent_bits else 128.0
+        rescale = self.too_small(8) if self.exponent_bits else 1.0
+        limit = torch.tensor(2.0**127 / max(rescale, largest)).view(torch.int32).item()
         return {"EXPONENT_BITS": self.exponent_bits, "CODES_PER_BYTE": self.codes_per_byte,
                 "SHIFT": shift, "MASK": mask, "NONFINITE": self.nonfinite, "LIMIT": limit,
-                "RESCALE": self.too_small(8) if self.exponent_bits else 1.0,
+                "RESCALE": rescale,
                 "FLIP": self.offset * 0x11}  # An integer less its offset is its upper bit flipped.
 
     @functools.cached_property
@@ -184,7 +181,8 @@ def weight_dequant(
                          f"{tuple(x.shape)} need {grid.scale_shape}")
     out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
     codes, scales = x.view(torch.uint8), s.float().contiguous()
-    for row, col, M, N in pieces(0, x.numel(), x.shape[1] or 1, MAX_PIECE):
+    limit = 1 << 30 if x.is_cuda else MAX_PIECE  # The Triton kernel counts in int32.
+    for row, col, M, N in pieces(0, x.numel(), x.shape[1] or 1, limit):
         place = slice(row, row + M), slice(col, col + N)
         top, bottom, left, right = grid.scale_region(row, col, M, N)
         dequantize(codes[place], scales[top:bottom, left:right], out[place],
@@ -217,30 +215,29 @@ def dequantize(
     which need not be done yet.
     """
     if not out.numel():
-        return torch.zeros(2, dtype=torch.int64)
+        return torch.zeros(2, dtype=torch.int64, device=out.device)
     path = _dequantize_triton if codes.is_cuda else _dequantize_cpu
     return path(codes, scales, out, FORMATS[number_format], grid, row, col, divide)
 
 
 def _dequantize_cpu(codes, scales, out, fmt, grid, row, col, divide) -> torch.Tensor:
-    N = out.shape[1]
-    rescale = fmt.too_small(5) if fmt.exponent_bits and fmt.codes_per_byte == 1 else 1.0
     # A comparison with NaN is false. Only where all is finite may the scales take the power over.
-    finite = not divide and (scales.abs().amax() < fmt.limit).item()
+    finite = not divide and all(abs(end.item()) < MAX_SCALE for end in scales.aminmax())
     finite = finite and (fmt.nonfinite == NEVER or _largest_magnitude(codes) < fmt.nonfinite)
-    values = _decode(codes, fmt)
+    values, rescale = _decode(codes, fmt)
     if finite:
         scales = scales * rescale
-    elif rescale != 1.0 or fmt.nonfinite != NEVER:
+    else:
         values *= rescale
         if fmt.nonfinite == 0x7F:
             values.masked_fill_((codes & 0x7F) == 0x7F, math.nan)
-    skipped = col % fmt.codes_per_byte
-    values = values[:, skipped : skipped + N]
+    if values.shape != out.shape:
+        skipped = col % fmt.codes_per_byte
+        values = values[:, skipped : skipped + out.shape[1]]
     _scale(values, scales, grid, row, col, torch.Tensor.div_ if divide else torch.Tensor.mul_)
     out.copy_(values)
     if finite:
-        return torch.zeros(2, dtype=torch.int64)
+        return NONE_COUNTED
     out.view(torch.int16)[out.isnan()] = BF16_NAN
     return torch.stack([out.isnan().sum(), out.isinf().sum()])
 
@@ -250,40 +247,78 @@ def _largest_magnitude(codes: torch.Tensor) -> int:
     return max(codes.view(torch.int8).max().item(), codes.max().item() - 0x80)
 
 
-def _decode(codes: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
-    """Return (M, bytes) codes as (M, codes) float32, FP8 too small by a power of two.
-
-    FP8 becomes float16 bits, which widen to float32 exactly at the same speed whatever the values:
-    float32 or BF16 bits would make subnormal numbers of subnormal codes, of which the product with
-    a scale takes an Intel core ten times as long. E4M3's NaN becomes a finite number.
+def _scratch(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """Return memory that the next call of this thread uses again: the system takes longer to hand
+    out new pages than the arithmetic takes to fill them.
     """
-    if fmt.codes_per_byte == 2:
-        pairs = fmt.values.view(torch.int64).flatten()
-        found = pairs.index_select(0, codes.flatten().int()).view(torch.float32)
-        return found.view(len(codes), -1)
-    if not fmt.exponent_bits:
-        return codes.view(torch.int8).float()
-    # int8 widens with its sign, which so arrives at the top; * is faster than torch's <<
-    half = codes.view(torch.int8).to(torch.int16).mul_(1 << 10 - fmt.mantissa_bits)
-    if fmt.exponent_bits < 5:
-        half &= -0x4001  # The sign's extension reaches bit 14, where the exponent has its own.
-    return half.view(torch.float16).float()
+    views, memory = vars(SCRATCH).setdefault(name, ({}, []))
+    if (shape, dtype) not in views:
+        size = shape[0] * shape[1] * dtype.itemsize
+        if not memory or len(memory[0]) < size or len(views) > MAX_VIEWS:
+            views.clear()
+            memory[:] = [torch.empty(size, dtype=torch.uint8)]
+        views[shape, dtype] = memory[0][:size].view(dtype).view(shape)
+    return views[shape, dtype]
+
+
+def _decode(codes: torch.Tensor, fmt: NumberFormat) -> tuple[torch.Tensor, float]:
+    """Return (M, bytes) codes as (M, codes) float32 in scratch, and the factor they are short of.
+
+    Floats become float16 bits, which widen to float32 exactly at the same speed whatever the
+    values: float32 or BF16 bits would make subnormal numbers of subnormal codes, of which the
+    product with a scale takes an Intel core ten times as long. E4M3's NaN becomes a finite number.
+
+    Each call of torch's gives up Python's lock, for which the threads of many cores then queue: so
+    the calls are few, and the views of scratch are kept.
+    """
+    M, N = shape = (*codes.shape,)
+    values = _scratch("values", (M, N * fmt.codes_per_byte), torch.float32)
+    if fmt.codes_per_byte == 1 and not fmt.exponent_bits:
+        return values.copy_(codes.view(torch.int8)), 1.0
+    if fmt.codes_per_byte == 1:
+        # int8 widens with its sign, which so arrives at the top; * is faster than torch's <<
+        bits = _scratch("bits", shape, torch.int16).copy_(codes.view(torch.int8))
+        bits *= 1 << 10 - fmt.mantissa_bits
+        if fmt.exponent_bits < 5:
+            bits &= -0x4001  # The sign's extension reaches bit 14, where the exponent has its own.
+    elif fmt.exponent_bits:  # two float16 in an int32: signs and magnitudes of both at once
+        bits = _scratch("bits", shape, torch.int32).copy_(codes)
+        signs = torch.mul(bits, 0x1001000, out=_scratch("signs", shape, torch.int32))
+        bits *= 0x200200
+        bits &= 0xE000E00
+        bits |= signs.bitwise_and_(-0x7FFF8000)
+    else:  # two int8 in an int16, each code in the upper half of its own
+        bits = _scratch("bits", shape, torch.int16).copy_(codes)
+        bits ^= fmt.offset * 0x11
+        high = torch.mul(bits, 0x100, out=_scratch("signs", shape, torch.int16))
+        bits *= 0x10
+        bits &= 0xF0
+        bits |= high.bitwise_and_(-0x1000)
+        return values.copy_(bits.view(torch.int8)), 1 / 16
+    return values.copy_(bits.view(torch.float16)), fmt.too_small(5)
 
 
 def _scale(values, scales, grid, row, col, operation) -> None:
     """Multiply or divide (M, N) float32 values in place by the scales of their blocks."""
     M, N = values.shape
-    if len(scales) > 1:  # one row of scales for each row
+    slab_row = row % grid.slab_rows
+    if len(scales) in (1, M):
+        pass
+    elif slab_row + M <= grid.slab_rows:  # one row of scales for each row, within a slab
+        above = slab_row % grid.block_rows
+        scales = scales.repeat_interleave(grid.block_rows, 0)[above : above + M]
+    else:
         rows = torch.arange(row, row + M)
         slabs = rows.div(grid.slab_rows, rounding_mode="floor")
         rows = (rows - slabs * grid.slab_rows).div_(grid.block_rows, rounding_mode="floor")
         rows += slabs * grid.scale_rows_per_slab
         scales = scales[rows - rows[0]]
     width = grid.block_cols
-    first, last = min(-col % width, N), max(min(-col % width, N), N - (col + N) % width)
-    if first == N or width >= grid.cols:  # inside one block
-        operation(values, scales[:, :1])
+    if scales.shape[1] == 1:
+        operation(values, scales)
         return
+    first = min(-col % width, N)
+    last = max(first, N - (col + N) % width)
     whole = scales[:, 1:] if first else scales
     count = (last - first) // width
     if first:
@@ -406,12 +441,14 @@ def weight_dequant_kernel():
 
 def _dequantize_triton(codes, scales, out, fmt, grid, row, col, divide) -> torch.Tensor:
     assert not divide, "the Triton kernel multiplies"
+    assert max(out.numel(), codes.numel()) < 1 << 31, "the Triton kernel counts in int32"
     M, N = out.shape
     nonfinite = torch.zeros(2, dtype=torch.int64, device=out.device)
     # A group of columns lies inside one block: the largest power of two that divides the block. One
     # block that spans all columns has no inner edge.
     block_cols, groups_per_block, block_size_k = grid.block_cols, 1 << 30, 128
     if block_cols < grid.cols:
+        assert block_cols % fmt.codes_per_byte == 0, "the codes of a byte share a scale"
         block_size_k = min(128, block_cols & -block_cols)
         groups_per_block = block_cols // block_size_k
     block_size_g = min(1024 // block_size_k, 1 << (ceil_div(N, block_size_k) - 1).bit_length())

@@ -190,7 +190,7 @@ def test_one_byte_weights_with_a_scale_are_dequantized(tmp_path, dtype, config):
 )
 def test_bytes_with_a_scale_that_the_config_does_not_explain_are_refused(tmp_path, dtype, config):
     tensors = {"w": every_code(140, 130, dtype), "w_scale_inv": torch.rand(2, 2)}
-    with pytest.raises(CheckpointError, match=r"w \([IU]8, beside w_scale_inv\) looks quantized"):
+    with pytest.raises(CheckpointError, match=r"w \([IU]8, beside w_scale_inv.* looks quantized"):
         convert(tmp_path, {"model.safetensors": tensors}, config)
     assert not (tmp_path / "out").exists()
 
@@ -265,7 +265,7 @@ def test_groups_that_fit_exactly_may_stand_beside_the_blocks_of_the_config(tmp_p
 def test_a_grid_that_contradicts_the_config_is_an_error_with_both_grids(tmp_path, scale_shape):
     tensors = {"w": finite_codes(200, 300), "w_scale_inv": torch.rand(scale_shape)}
     config = {"quantization_config": {"weight_block_size": [32, 32]}}
-    message = (rf"w is \[200, 300\].*w_scale_inv is {re.escape(str([*scale_shape]))}.*"
+    message = (rf"w is \[200, 300\].*scaled by w_scale_inv {re.escape(str([*scale_shape]))}.*"
                r"the config names blocks of 32x32, which need \[7, 10\]")
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path, {"model.safetensors": tensors}, config)
@@ -274,14 +274,14 @@ def test_a_grid_that_contradicts_the_config_is_an_error_with_both_grids(tmp_path
 
 def test_scale_that_fits_no_grid_is_an_error_with_both_shapes(tmp_path):
     tensors = {"x.weight": finite_codes(300, 300), "x.weight_scale_inv": torch.rand(7, 5)}
-    with pytest.raises(CheckpointError, match=r"x\.weight is \[300, 300\].*_scale_inv is \[7, 5\]"):
+    with pytest.raises(CheckpointError, match=r"x\.weight is \[300, 300\].*_scale_inv \[7, 5\]"):
         convert(tmp_path, {"model.safetensors": tensors})
     assert not (tmp_path / "out").exists()
 
 
 def test_scale_of_an_unknown_dtype_is_an_error(tmp_path):
     tensors = {"w": finite_codes(3, 3), "w_scale_inv": torch.ones(1, dtype=torch.int64)}
-    with pytest.raises(CheckpointError, match=r"w \(F8_E4M3, beside w_scale_inv, I64\)"):
+    with pytest.raises(CheckpointError, match="w_scale_inv is I64"):
         convert(tmp_path, {"model.safetensors": tensors})
     assert not (tmp_path / "out").exists()
 

@@ -3,16 +3,20 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections import namedtuple
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import fp8_cast_bf16
 from checkpoints import (
     CONFIG,
+    FP8_CONFIG,
     INDEX,
     ONE,
     TWO,
@@ -22,9 +26,9 @@ from checkpoints import (
     write_checkpoint,
 )
 from fp8_cast_bf16 import CheckpointError, UsageError, cli, main
-from kernel import Grid
 from make_checkpoint import make_checkpoint
 
+KEY = "fp8_cast_bf16"
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -49,7 +53,8 @@ def arguments(source, *more):
 
 def stamps(folder):
     """Return what changes when a file is written anew."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+    stats = {path.name: path.lstat() for path in folder.iterdir()}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def test_a_complete_output_is_left_as_it_is(source, out, capsys):
@@ -79,57 +84,258 @@ def test_shards_of_another_checkpoint_with_the_same_headers_are_replaced(source,
     assert contents(out) == contents(tmp_path / "expected")
 
 
-def test_a_shard_is_replaced_if_any_tensor_begins_or_ends_otherwise(source, out):
-    expected = contents(out)
+def data_place(tensor, where):
+    """Return a byte of a tensor on disk that lies in its first, middle or last page."""
+    return {"first": tensor.start, "middle": (tensor.start + tensor.stop) // 2 + 7,
+            "last": tensor.stop - 1}[where]
+
+
+@pytest.mark.parametrize("where", ["first", "middle", "last"])
+def test_an_input_of_which_any_one_tensor_was_retrained_differs(source, out, capsys, where):
     plan = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(source))
-    for shard in plan.shards:
-        for step in shard.steps:
-            for place in {step.start, step.stop - 1}:
-                with open(out / shard.name, "r+b") as file:
-                    file.seek(place)
-                    file.write(bytes([expected[shard.name][place] ^ 1]))
-                main(source, out)
-                assert contents(out) == expected
+    tensors = {t.name: (shard.name, t) for shard in plan.shards for step in shard.steps
+               for t in (step.source, step.quantization and step.quantization.scale) if t}
+    assert len(tensors) == 9
+    for shard, tensor in tensors.values():
+        place = min(data_place(tensor, where), tensor.stop - 1)
+        with open(tensor.path, "r+b") as file:
+            file.seek(place)
+            old = file.read(1)[0]
+            file.seek(place)
+            file.write(bytes([old ^ 1]))
+        before = stamps(out)
+        capsys.readouterr()
+        main(source, out)
+        assert f"To be replaced, of another input or another reading: {shard}\n" in (
+            capsys.readouterr().out)
+        main(source, out, verify=True)
+        other = ({ONE, TWO} - {shard}).pop()
+        assert stamps(out)[other] == before[other]
+        assert stamps(out)[shard] != before[shard]
 
 
-@pytest.mark.parametrize("per_byte", [1, 2])
+def test_the_fingerprint_takes_three_whole_pages_of_a_tensor(tmp_path):
+    """A fine-tune may leave 98% of the codes as they were."""
+    codes = finite_codes(400, 400)
+    tensors = {"a.weight": codes, "a.weight_scale_inv": torch.ones(4, 4)}
+    write_checkpoint(tmp_path / "in", {ONE: tensors}, CONFIG)
+
+    def fingerprint():
+        (shard,) = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(tmp_path / "in")).shards
+        worker = fp8_cast_bf16.Worker(torch.device("cpu"), 0)
+        found = fp8_cast_bf16.fingerprint_of(shard, worker)
+        worker.close()
+        return found
+
+    whole, size = fingerprint(), 160_000
+    for place in (0, 4095, size // 2, size // 2 + 4095, size - 4096, size - 1):
+        changed = codes.view(torch.uint8).clone()
+        changed.view(-1)[place] ^= 1
+        write_checkpoint(tmp_path / "in", {ONE: tensors | {"a.weight": changed.view(codes.dtype)}},
+                         CONFIG)
+        assert fingerprint() != whole, place
+    write_checkpoint(tmp_path / "in", {ONE: tensors}, CONFIG)
+    assert fingerprint() == whole
+
+
+def test_a_shards_metadata_is_the_inputs_and_format_and_the_fingerprint(source, out):
+    header = safe_metadata(out / ONE)
+    assert {*header} == {"format", KEY}
+    assert header["format"] == "pt"
+    assert re.fullmatch("[0-9a-f]{16}", header[KEY])
+    assert header[KEY] != safe_metadata(out / TWO)[KEY]
+    assert header[KEY] != "0" * 16
+
+
+def safe_metadata(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def reading_change(config, change):
+    config = json.loads(json.dumps(config))
+    config["quantization_config"] |= change
+    return config
+
+
 @pytest.mark.parametrize(
-    "grid",
-    [(1, 2, 1, 2, 1), (300, 70, 128, 32, 300), (60, 40, 16, 16, 20), (9, 14, 2, 4, 9),
-     (33, 50, 33, 50, 33), (5, 2000, 1, 2000, 5), (12, 50, 12, 2, 12), (1, 10**9 + 2, 1, 32, 1)],
+    ("change", "affected"),
+    [
+        ({"weight_block_size": [128, 64]}, ["a", "b"]),
+        ({"weight_scale_semantics": "inverse"}, ["a", "b"]),
+        ({"ignored_layers": ["lm_head"]}, []),
+    ],
 )
-def test_samples_hold_both_ends_and_have_one_scale_each(grid, per_byte):
-    grid = Grid(*grid)
-    pieces = fp8_cast_bf16.samples(grid, per_byte)
-    assert pieces[0][0] == 0
-    assert sum(pieces[-1][:2]) == grid.rows * grid.cols
-    assert len(pieces) == min(4, grid.rows * grid.cols // per_byte)
-    for first, count, scale, part in pieces:
-        assert first % per_byte == count % per_byte == 0
-        for element in range(first, first + count):
-            row, _, col, _ = grid.scale_region(element, element + 1)
-            assert row * grid.scale_shape[1] + col == scale
-            assert element // grid.cols // grid.part == part
+def test_another_reading_of_the_same_data_rewrites_every_affected_shard(
+    tmp_path, capsys, change, affected
+):
+    """Only config.json is edited. Two scales for 100 columns fit blocks of 64 and of 96."""
+    shards = {}
+    for shard, name in ((ONE, "a"), (TWO, "b")):
+        shards[shard] = {f"{name}.weight": finite_codes(100, 100),
+                         f"{name}.weight_scale_inv": torch.rand(1, 2) + 0.5}
+    three = "model-00003.safetensors"
+    shards[three] = {"norm.weight": torch.ones(9)}
+    config = {"quantization_config": {**FP8_CONFIG, "weight_block_size": [128, 96]}}
+    write_checkpoint(tmp_path / "in", shards, config)
+    main(tmp_path / "in", tmp_path / "out")
+    before = stamps(tmp_path / "out")
+    write_checkpoint(tmp_path / "in", shards, reading_change(config, change))
+    main(tmp_path / "in", tmp_path / "out")
+    names = {"a": ONE, "b": TWO}
+    after = stamps(tmp_path / "out")
+    assert {shard for shard in shards if before[shard] != after[shard]} == {
+        names[name] for name in affected
+    }
+    main(tmp_path / "in", tmp_path / "out", verify=True)
+    main(tmp_path / "in", tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
-@pytest.mark.parametrize("change", ["cut", "longer", "header", "link", "empty"])
-def test_a_shard_that_is_not_as_planned_is_replaced(source, out, change, tmp_path):
+def test_another_treatment_of_missing_scales_rewrites_the_shard(tmp_path):
+    shards = {ONE: {"a.weight": finite_codes(9, 9)}, TWO: {"norm.weight": torch.ones(9)}}
+    write_checkpoint(tmp_path / "in", shards, CONFIG)
+    for choice in ("keep", "cast", "keep"):
+        main(tmp_path / "in", tmp_path / "out", missing_scale=choice)
+        main(tmp_path / "in", tmp_path / choice, missing_scale=choice)
+        assert contents(tmp_path / "out") == contents(tmp_path / choice)
+
+
+@pytest.mark.parametrize("newer", [ONE, TWO])
+def test_an_input_newer_than_an_accepted_output_is_named_with_verify(source, out, capsys, newer):
+    main(source, out)
+    assert "Newer" not in capsys.readouterr().out
+    later = (out / newer).stat().st_mtime + 10
+    os.utime(source / newer, (later, later))
+    before = stamps(out)
+    main(source, out)
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("Newer")]
+    assert line == f"Newer than the output made of it: {newer}; run --verify to be sure"
+    assert stamps(out) == before
+
+
+def test_a_newer_shard_of_scales_only_is_named(tmp_path, capsys):
+    shards = {ONE: {"a.weight": finite_codes(9, 9)}, TWO: {"a.weight_scale_inv": torch.ones(1, 1)}}
+    source, out = write_checkpoint(tmp_path / "in", shards, CONFIG), tmp_path / "out"
+    main(source, out)
+    later = (out / ONE).stat().st_mtime + 10
+    os.utime(source / TWO, (later, later))
+    main(source, out)
+    assert f"Newer than the output made of it: {TWO}; run --verify" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["cut", "longer", "header"])
+def test_a_shard_of_ours_that_is_not_as_planned_is_replaced_and_named(source, out, change, capsys):
     expected = contents(out)
     path, whole = out / ONE, expected[ONE]
-    if change == "link":
-        shutil.move(path, tmp_path / "elsewhere")
-        path.symlink_to(tmp_path / "elsewhere")
-    else:
-        changed = {"cut": whole[:-1], "longer": whole + b"x", "empty": b""}
-        path.write_bytes(changed.get(change, whole.replace(b'"pt"', b'"np"')))
+    changed = {"cut": whole[:-1], "longer": whole + b"x", "header": whole.replace(b'"pt"', b'"np"')}
+    path.write_bytes(changed[change])
+    assert path.read_bytes() != whole
+    capsys.readouterr()
     main(source, out)
+    printed = capsys.readouterr().out
+    assert f"To be replaced, of another input or another reading: {ONE}\n" in printed
     assert contents(out) == expected
-    assert not path.is_symlink()
+
+
+@pytest.mark.parametrize(
+    "kind", ["no fingerprint", "link", "link to nothing", "empty", "text", "huge header", "folder"]
+)
+def test_a_file_in_the_place_of_a_shard_that_is_not_ours_is_refused(
+    source, out, kind, tmp_path, capsys
+):
+    path, whole = out / ONE, (out / ONE).read_bytes()
+    elsewhere = tmp_path / "elsewhere"
+    path.unlink()
+    if kind == "no fingerprint":
+        save_file(load_file(out / TWO), path, metadata={"format": "pt"})
+    elif kind == "folder":
+        path.mkdir()
+    elif kind.startswith("link"):
+        if kind == "link":
+            elsewhere.write_bytes(whole)
+        path.symlink_to(elsewhere)
+    else:
+        path.write_bytes({"empty": b"", "text": b"mine", "huge header": b"\xff" * 99}[kind])
+    before, old = contents(out), stamps(out)
+    capsys.readouterr()
+    for more in ([], ["--dry-run"]):
+        assert cli(arguments(source, *more)) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {path}: was not written by this version of this program")
+        assert "--verify" in error
+    assert (contents(out), stamps(out)) == (before, old)
+
+
+def test_a_folder_with_somebodys_own_model_is_refused_and_untouched(tmp_path, capsys):
+    codes = {"a.weight": finite_codes(9, 9), "a.weight_scale_inv": torch.ones(1, 1)}
+    name = "model.safetensors"
+    write_checkpoint(tmp_path / "in", {name: codes}, CONFIG, index=False)
+    main(tmp_path / "in", tmp_path / "ours")
+    theirs = load_file(tmp_path / "ours" / name)
+    write_checkpoint(tmp_path / "out", {name: theirs}, {"mine": 1}, index=False)
+    (tmp_path / "out/notes.txt").write_text("mine")
+    before, old = contents(tmp_path / "out"), stamps(tmp_path / "out")
+    capsys.readouterr()
+    assert cli(arguments(tmp_path / "in")) == 1
+    assert f"{tmp_path / 'out' / name}: was not written by" in capsys.readouterr().err
+    assert (contents(tmp_path / "out"), stamps(tmp_path / "out")) == (before, old)
+
+
+@pytest.mark.parametrize(
+    "blocked", ["tokenizer.json", "config.json", INDEX, "sub", "sub/deep", "link", "deep link",
+                "link to nothing", "link into itself"]
+)
+def test_what_blocks_a_file_beside_the_shards_is_found_before_anything_is_written(
+    source, tmp_path, capsys, blocked
+):
+    (source / "sub/deep").mkdir(parents=True)
+    (source / "sub/deep/notes.txt").write_text("notes")
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    named = out / blocked
+    if blocked.endswith("link"):
+        named = out / ("sub" if blocked == "link" else "sub/deep")
+        named.parent.mkdir(exist_ok=True)
+        named.symlink_to(elsewhere)
+    elif blocked.startswith("link"):
+        named = out / "sub"
+        named.symlink_to(elsewhere / "gone" if blocked == "link to nothing" else named)
+    elif blocked.startswith("sub"):
+        named.parent.mkdir(exist_ok=True)
+        named.write_text("mine")
+    else:
+        named.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for more in ([], ["--dry-run"]):
+        assert cli(arguments(source, *more)) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ")
+        assert str(out / named.relative_to(out).parts[0]) in error
+        assert "Traceback" not in error
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_temporary_names_contain_the_fingerprint(source, monkeypatch):
+    out, seen = source.parent / "out", set()
+    real = fp8_cast_bf16.render
+
+    def look(*operands):
+        seen.update(path.name for path in out.glob("*.tmp"))
+        return real(*operands)
+
+    monkeypatch.setattr(fp8_cast_bf16, "render", look)
+    main(source, out)
+    assert {f"{name}.{safe_metadata(out / name)[KEY]}.tmp" for name in (ONE, TWO)} <= seen
+    assert not list(out.glob("*.tmp"))
 
 
 def test_leftovers_of_a_killed_run_are_removed(source, out):
     expected = contents(out)
-    for name in (ONE, INDEX, "config.json", "tokenizer.json", "fp8_cast_bf16"):
+    for name in (ONE, f"{ONE}.{'0' * 16}", INDEX, "config.json", "tokenizer.json",
+                 "fp8_cast_bf16123"):
         (out / f"{name}.tmp").write_text("half")
     main(source, out)
     assert contents(out) == expected
@@ -188,7 +394,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(source, monkeypatch, cap
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and real(path, mode))
     assert cli(arguments(source, "--dry-run")) == 1
-    assert f"{source.parent}: is no folder that may be written to" in capsys.readouterr().err
+    assert f"{source.parent}: is not a writable directory" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_space_lets_it_go_on(source, monkeypatch, capsys):
@@ -202,7 +408,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_space_lets_it_go_on(source, monke
             assert cli(arguments(source)) == 1
         error = capsys.readouterr().err
         assert "No space left on device" in error
-        assert f"{TWO}.tmp" in error or f"{ONE}.tmp" in error
+        assert re.search(rf"({TWO}|{ONE})\.[0-9a-f]{{16}}\.tmp", error)
         assert not {INDEX, "config.json"} & {*contents(out)}
         assert not [name for name in contents(out) if name.endswith(".tmp")]
         subprocess.run(["mount", "-o", "remount,size=3m", out], check=True)
@@ -228,7 +434,7 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(source, capsys):
         lines[5],
     ]
     assert lines[5].startswith("Space: 344kB to write, ")
-    assert lines[5].endswith(" free; memory: 3 workers, at most 50.3MB each")
+    assert lines[5].endswith(" free; memory: 3 workers, at most 33.6MB each")
     assert len(lines) == 6
 
 
@@ -241,7 +447,7 @@ def test_formats_are_named_in_the_plan(tmp_path, capsys):
     main(tmp_path / "in", tmp_path / "out", dry_run=True)
     printed = capsys.readouterr().out
     for block in ("tensor", "row", "column", "1x32 block"):
-        assert f"1 weights to dequantize: E4M3, F32 scale per {block}\n" in printed
+        assert f"1 weight to dequantize: E4M3, F32 scale per {block}\n" in printed
     assert "Warning: Missing scale_inv tensor for kept.weight" in printed
 
 

@@ -1,5 +1,6 @@
 """--verify: what it accepts, what it finds, and that it shares no decoding with the converter."""
 
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,8 @@ from checkpoints import (
     contents,
     every_code,
     load_checkpoint,
+    method,
+    nvfp4,
     several_kinds,
     write_checkpoint,
 )
@@ -48,9 +51,11 @@ def differences(folders, capsys):
         assert lines[at].startswith("Verified 7 tensors: all as they should be; ")
         return []
     assert status == 1
-    assert printed.err == (
-        f"error: {out}: is not what the input gives, in {len(lines) - at} places\n"
-    )
+    implausible = "Warning: E4M3, "  # So are the values here.
+    assert [line for line in printed.err.splitlines() if not line.startswith(implausible)] == [
+        f"error: {out}: is not what the input gives, in {len(lines) - at} "
+        f"place{'s' * (len(lines) - at > 1)}"
+    ]
     return lines[at:]
 
 
@@ -85,7 +90,7 @@ def test_one_wrong_bit_in_a_weight_is_found_and_both_values_are_named(folders, c
 
 
 def test_the_first_of_many_differences_is_named(folders, capsys, monkeypatch):
-    monkeypatch.setattr(fp8_cast_bf16, "REFERENCE_CHUNK", 500)
+    monkeypatch.setattr(fp8_cast_bf16, "REFERENCE_PIECE", 500)
 
     def negate(tensors):
         tensors["experts.up_proj"][1:, 7:, 9:] = 7
@@ -99,6 +104,36 @@ def test_one_wrong_bit_in_a_copied_tensor_is_found(folders, capsys):
     rewrite(folders[1], lambda tensors: tensors["table"].add_(2**33), TWO)
     assert differences(folders, capsys) == [
         "table: element [0] is 0x0000000200000000, expected 0x0000000000000000"
+    ]
+
+
+DTYPES = [torch.float64, torch.int64, torch.float32, torch.int32, torch.bfloat16, torch.float16,
+          torch.int16, torch.uint8, torch.int8, torch.bool, torch.complex64]
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 4, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_differing_element_of_a_copied_tensor_is_named(
+    tmp_path, capsys, monkeypatch, dtype, piece
+):
+    monkeypatch.setattr(fp8_cast_bf16, "REFERENCE_PIECE", piece)
+    size = torch.empty(0, dtype=dtype).element_size()
+    tensors = {"a": torch.zeros(3, 5, 7, size, dtype=torch.uint8).view(dtype)[..., 0].clone(),
+               "scalar": torch.ones(()), "empty": torch.ones(0, 3), "z": torch.ones(9)}
+    write_checkpoint(tmp_path / "in", {ONE: tensors}, {}, index=False)
+    main(tmp_path / "in", tmp_path / "out")
+
+    def change(tensors):
+        flat = tensors["a"].flatten().view(torch.uint8).view(-1, size)
+        flat[[59, 60, 104], -1] = 1
+        tensors["a"] = flat.flatten().view(dtype).view(3, 5, 7)
+        tensors["scalar"] = torch.zeros(())
+
+    rewrite(tmp_path / "out", change)
+    expected = "00" * size
+    assert differences((tmp_path / "in", tmp_path / "out"), capsys) == [
+        f"a: element [1, 3, 3] is 0x01{expected[2:]}, expected 0x{expected}",
+        "scalar: element [] is 0x00000000, expected 0x3f800000",
     ]
 
 
@@ -182,6 +217,48 @@ def test_what_is_wrong_with_index_and_config_is_named(folders, capsys):
     assert lines[1] == f"{INDEX}: is missing"
 
 
+def test_a_stale_index_hides_no_other_difference(folders, capsys):
+    out = folders[1]
+    rewrite(out, lambda tensors: tensors["bias"].fill_(0))
+    edit(out / INDEX, lambda index: index["weight_map"].update(
+        {"gone": "gone.safetensors", "a.weight_scale_inv": ONE}))
+    edit(out / "config.json", lambda config: config.update(hidden_size=8))
+    lines = differences(folders, capsys)
+    assert lines[:3] == [
+        "config.json: hidden_size is 8, expected 7",
+        f"{INDEX}: has gone in gone.safetensors, where it is not",
+        f"{INDEX}: has a.weight_scale_inv in {ONE}, where it is not",
+    ]
+    assert lines[3].startswith("bias: element [0] is 0x00000000, expected ")
+    assert len(lines) == 4
+
+
+def test_a_missing_shard_hides_no_other_difference(folders, capsys):
+    out = folders[1]
+    rewrite(out, lambda tensors: tensors["bias"].fill_(0))
+    size = sum(t.numel() * t.element_size() for t in load_checkpoint(out).values())
+    (out / TWO).unlink()
+    lines = differences(folders, capsys)
+    missing = ["b.weight", "experts.up_proj", "table"]
+    assert sorted(lines[:3]) == [f"{name}: is missing" for name in missing]
+    assert sorted(lines[3:6]) == [f"{INDEX}: has {name} in {TWO}, where it is not"
+                                  for name in missing]
+    assert lines[6] == f"{INDEX}: total_size is {size}, expected {total(out)[1]}"
+    assert lines[7].startswith("bias: element [0] is 0x00000000, expected ")
+    assert len(lines) == 8
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "x", {}, {"a.weight": 7}])
+def test_an_index_without_a_proper_weight_map_hides_nothing(folders, capsys, weight_map):
+    out = folders[1]
+    rewrite(out, lambda tensors: tensors["bias"].fill_(0))
+    edit(out / INDEX, lambda index: index.update(weight_map=weight_map))
+    lines = differences(folders, capsys)
+    assert [line for line in lines if not line.startswith(INDEX)] == lines[-1:]
+    assert lines[-1].startswith("bias: element [0] is 0x00000000, expected ")
+    assert len(lines) > 1
+
+
 def test_an_output_that_is_not_there_or_broken_is_an_error_with_its_name(folders, capsys):
     source, out = folders
     with pytest.raises(CheckpointError, match=f"{source.parent / 'none'}: no such folder"):
@@ -192,31 +269,74 @@ def test_an_output_that_is_not_there_or_broken_is_an_error_with_its_name(folders
 
 
 def test_verifying_shares_no_decoding_with_converting(folders, capsys, monkeypatch):
-    def fail(*operands):
-        raise AssertionError("the fast path was used")
+    def fail(*operands, **options):
+        raise AssertionError("the converter's decoding was used")
 
-    for name in ("dequantize", "widen_scales", "_decode", "_scale", "_pieces"):
+    for name in ("dequantize", "widen_scales", "_decode", "_scale", "_dequantize_cpu",
+                 "_dequantize_triton", "weight_dequant"):
         monkeypatch.setattr(kernel, name, fail)
+    for name in ("render", "render_weight", "decode", "read_codes", "read_scales"):
+        monkeypatch.setattr(fp8_cast_bf16, name, fail)
+    for name in ("_value", "too_small", "constants", "values"):
+        monkeypatch.setattr(kernel.NumberFormat, name, property(fail))
+    # A sample of the values is decoded as in a conversion, but to warn, not to compare.
+    monkeypatch.setattr(fp8_cast_bf16, "find_implausible", lambda plan: [])
     assert differences(folders, capsys) == []
 
 
-@pytest.mark.parametrize("broken", ["shift", "mask", "rescale", "values"])
-def test_an_error_in_the_kernel_would_be_found(folders, capsys, monkeypatch, broken):
-    source, codes = folders[0], kernel.FORMATS["E4M3"]
-    shift, mask, rescale = codes.placement
-    wrong = {
-        "shift": (shift - 1, mask, rescale),
-        "mask": (shift, mask & ~0x10, rescale),
-        "rescale": (shift, mask, rescale * 2),
-    }
+FP8_WEIGHTS = {"a.weight", "b.weight", "experts.up_proj", "nan.weight"}
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"nonfinite": 0x80}, {"nan.weight"}),  # NaN taken for numbers
+        ({"exponent_bits": 5, "mantissa_bits": 2}, FP8_WEIGHTS),
+        ("too_small", FP8_WEIGHTS),
+        ("widen_scales", FP8_WEIGHTS),
+        ("_scale", FP8_WEIGHTS - {"nan.weight"}),  # which has one scale only
+    ],
+)
+def test_an_error_in_the_kernel_would_be_found(folders, capsys, monkeypatch, change, wrong):
+    source = folders[0]
     with monkeypatch.context() as patch:
-        wrong["values"] = codes.values * 2
-        name = "values" if broken == "values" else "placement"
-        patch.setitem(vars(codes), name, wrong[broken])
+        if isinstance(change, dict):
+            patch.setitem(kernel.FORMATS, "E4M3",
+                          dataclasses.replace(kernel.FORMATS["E4M3"], **change))
+        elif change == "too_small":
+            right = kernel.NumberFormat.too_small
+            patch.setattr(kernel.NumberFormat, change, lambda *given: 2 * right(*given))
+        elif change == "widen_scales":
+            widen = kernel.widen_scales
+            patch.setattr(kernel, change, lambda *given: widen(*given) * 1.01)
+        else:
+            scale = kernel._scale
+            patch.setattr(kernel, change, lambda values, scales, *given:
+                          scale(values, scales[:1, :1].expand_as(scales).contiguous(), *given))
         main(source, source.parent / "wrong")
     found = differences((source, source.parent / "wrong"), capsys)
-    with_nan = [line for line in found if line.startswith("nan.weight: ")]
-    assert (len(found), len(with_nan)) == ((1, 1) if broken == "values" else (3, 0))
+    assert {line.partition(":")[0] for line in found} == wrong
+
+
+@pytest.mark.parametrize("change", ["order of codes", "global scale"])
+def test_an_error_with_packed_codes_would_be_found(tmp_path, monkeypatch, change):
+    codes, scale, _ = nvfp4(3.0, divide=True)
+    tensors = {"a.weight_packed": codes, "a.weight_scale": scale,
+               "a.weight_global_scale": torch.tensor([3.0])}
+    source = write_checkpoint(tmp_path / "in", {ONE: tensors}, method("compressed-tensors"))
+    main(source, tmp_path / "out")
+    main(source, tmp_path / "out", verify=True)
+    with monkeypatch.context() as patch:
+        if change == "order of codes":
+            right = kernel.dequantize
+            patch.setattr(kernel, "dequantize", lambda codes, *given:
+                          right((codes >> 4) | (codes << 4), *given))
+        else:
+            read = fp8_cast_bf16.read_scales
+            patch.setattr(fp8_cast_bf16, "read_scales", lambda *given: read(*given) * 9)
+        main(source, tmp_path / "wrong")
+    with pytest.raises(CheckpointError, match=r"in 1 place$"):
+        main(source, tmp_path / "wrong", verify=True)
 
 
 def test_the_ancestors_output_differs_in_its_config_and_index_only(folders, capsys):
@@ -246,7 +366,7 @@ def test_the_ancestors_output_differs_in_its_config_and_index_only(folders, caps
 def test_differences_stand_in_the_report(folders, tmp_path):
     source, out = folders
     rewrite(out, lambda tensors: tensors["bias"].fill_(0))
-    with pytest.raises(CheckpointError, match="in 1 places"):
+    with pytest.raises(CheckpointError, match=r"in 1 place$"):
         main(source, out, verify=True, report=tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["differences"]) == 1
