@@ -268,7 +268,8 @@ def load_checkpoint(root: Path, consistent: bool = True) -> Checkpoint:
         for tensor in members:
             if tensors.setdefault(tensor.name, tensor) is not tensor:
                 holders.setdefault(tensor.name, [tensors[tensor.name]]).append(tensor)
-    weight_map = index["weight_map"] if index else {}
+    weight_map = (index or {}).get("weight_map")
+    weight_map = weight_map if isinstance(weight_map, dict) else {}  # find_shards refuses an input.
     for name, rivals in holders.items():
         meant = [tensor for tensor in rivals if tensor.path.name == weight_map.get(name)]
         if not meant:
@@ -637,11 +638,10 @@ def read_int4_groups(sections: list) -> tuple[int, ...]:
             packing = isinstance(group, dict) and (group.get("format") or section.get("format"))
             if not isinstance(weights, dict) or packing not in (None, "pack-quantized"):
                 continue
-            match weights:
-                case {"num_bits": 4, "symmetric": True} if weights.get("type", "int") == "int":
-                    sizes.append(weights.get("group_size") or 0)
-                case _:
-                    return ()
+            symmetric = weights.get("symmetric", True) is True  # as compressed-tensors takes it
+            if weights.get("num_bits") != 4 or not symmetric or weights.get("type", "int") != "int":
+                return ()
+            sizes.append(weights.get("group_size") or 0)
     return tuple(size if isinstance(size, int) and size > 0 else 0 for size in sizes)
 
 
@@ -1349,6 +1349,12 @@ def digest_of(plan: Plan) -> str:
     parts = [(step.output, step.source.path.name, step.source.start, describe(step.quantization))
              for step in plan.steps]
     parts += [shard.header for shard in plan.shards]
+    worker = Worker(torch.device("cpu"), 0)
+    for shard in plan.shards:  # A page of each: another checkpoint may have the same headers.
+        source = max((step.source for step in shard.steps), key=lambda t: t.stop - t.start)
+        page = torch.empty(min(PAGE, source.stop - source.start), dtype=torch.uint8)
+        parts.append(bytes(as_bytes(worker.read(source.path, source.start, page))))
+    worker.close()
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -1661,7 +1667,8 @@ class Output:
         render(shard, self.headers[shard.name], start, stop, worker)
         view = as_bytes(worker.out)[: ceil_div(stop - start, PAGE) * PAGE]
         path = self.paths[shard.name]
-        with worker.timed("writing"), naming(path), open_raw(path, "r+b", self.direct) as file:
+        with (worker.timed("writing"), self.overtaken(shard), naming(path),
+              open_raw(path, "r+b", self.direct) as file):
             file.seek(start)
             while view:
                 view = view[file.write(view) :]
@@ -1672,20 +1679,25 @@ class Output:
             self.finish(worker, shard)
         return stop - start
 
+    @contextmanager
+    def overtaken(self, shard: Shard):
+        try:
+            yield
+        except FileNotFoundError:
+            if not has_header(self.root / shard.name, shard, self.headers[shard.name]):
+                raise
+
     def finish(self, worker: Worker, shard: Shard) -> None:
         """Make a whole shard durable and give it its name.
 
         If its file is gone, another job with the same input has given it the name.
         """
         path, final = self.paths[shard.name], self.root / shard.name
-        with worker.timed("syncing"), naming(path), open_raw(path, "r+b") as file:
-            file.truncate(shard.size)
-            os.fsync(file.fileno())
-        try:
+        with self.overtaken(shard):
+            with worker.timed("syncing"), naming(path), open_raw(path, "r+b") as file:
+                file.truncate(shard.size)
+                os.fsync(file.fileno())
             os.replace(path, final)
-        except FileNotFoundError:
-            if not has_header(final, shard, self.headers[shard.name]):
-                raise
         del self.paths[shard.name]
 
     def discard(self) -> None:
@@ -1701,7 +1713,8 @@ def write_shards(shards: list[Shard], root: Path, pool: list[Worker], quiet: boo
         size = sum(shard.size for shard in shards)
         run_workers("writing", pool, output.windows(), output.write, size, quiet)
     finally:
-        output.discard()
+        if not quiet:  # Another job may be writing the same file for the same rank.
+            output.discard()
     sync_folder(root)
 
 
@@ -1723,6 +1736,12 @@ REFERENCE_NIBBLES = {  # What each of 16 codes means.
 }
 
 
+def sources_of(step: Step) -> list[Tensor]:
+    reading = step.quantization
+    scales = [reading.scale, reading.global_scale] if reading else []
+    return [tensor for tensor in (step.source, *scales) if tensor]
+
+
 def fingerprint_of(shard: Shard, worker: Worker) -> str:
     """Return 16 hex digits that tell an input shard from others with the same header.
 
@@ -1733,13 +1752,12 @@ def fingerprint_of(shard: Shard, worker: Worker) -> str:
     for step in shard.steps:
         reading = step.quantization
         digest.update(repr((step.output, describe(reading))).encode())
-        for tensor in (step.source, reading and reading.scale, reading and reading.global_scale):
-            if tensor:
-                middle = (tensor.start + tensor.stop) // 2
-                for start in (tensor.start, middle, tensor.stop - PAGE):
-                    start = max(start, tensor.start)
-                    if start < tensor.stop:
-                        places.add((tensor.path, start, min(start + PAGE, tensor.stop)))
+        for tensor in sources_of(step):
+            middle = (tensor.start + tensor.stop) // 2
+            for start in (tensor.start, middle, tensor.stop - PAGE):
+                start = max(start, tensor.start)
+                if start < tensor.stop:
+                    places.add((tensor.path, start, min(start + PAGE, tensor.stop)))
     for path, start, stop in sorted(places):
         page = worker.read(path, start, worker.scratch("page", stop - start))
         digest.update(as_bytes(page))
@@ -1962,7 +1980,8 @@ def differing_texts(result: Checkpoint, texts: dict[str, str], index_name: str) 
         if index_name in texts:
             yield f"{index_name}: is missing"
         return
-    weight_map = result.index["weight_map"]
+    weight_map = result.index.get("weight_map")
+    weight_map = weight_map if isinstance(weight_map, dict) else {}
     for name, tensor in result.tensors.items():
         if weight_map.get(name) != tensor.path.name:
             yield f"{result.index_name}: has {name} not in {tensor.path.name}, where it is"
@@ -2108,10 +2127,7 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
         raise CheckpointError(f"{out}: holds {', '.join(foreign)}, which this checkpoint does not "
                               "have; give another folder")
     there = [shards[name] for name in sorted(shards) if os.path.lexists(out / name)]
-    for path in (out / shard.name for shard in there):
-        if path.is_symlink() or not path.is_file() or not is_ours(path):
-            raise CheckpointError(f"{path}: was not written by this version of this program; check "
-                                  "it with --verify, and delete it to convert it anew")
+    check_ours(there, out)
     done = find_done(there, out, workers)
     names = [*side.texts, CONFIG_NAME, PARAMS_NAME, INDEX_NAME, *QUANTIZATION_FILES]
     stale = [path for name in dict.fromkeys(names) for path in sorted(out.glob(name))]
@@ -2130,11 +2146,21 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
     sizes = [shard.size for shard in plan.shards if shard.name not in done]
     sizes += [(root / name).stat().st_size for name in side.copied]
     sizes += [len(text.encode()) for text in side.texts.values()]
-    freed = sum(getattr(path.lstat(), "st_blocks", 0) * 512
-                for path in [*stale, *(out / name for name in replaced)])
+    freed = 0
+    for path in [*stale, *(out / name for name in replaced)]:
+        with suppress(FileNotFoundError):  # Another rank may have given it its name.
+            freed += getattr(path.lstat(), "st_blocks", 0) * 512
     needed = 0 if complete else sum(ceil_div(size, PAGE) * PAGE for size in sizes)
     return OutputState(done, replaced, [*dict.fromkeys(stale)], complete, needed,
                        shutil.disk_usage(existing(out)).free + freed)
+
+
+def check_ours(shards: list[Shard], out: Path) -> None:
+    """Raise CheckpointError for a file that is in the place of a shard and must not be replaced."""
+    for path in (out / shard.name for shard in shards):
+        if path.is_symlink() or not path.is_file() or not is_ours(path):
+            raise CheckpointError(f"{path}: was not written by this version of this program; check "
+                                  "it with --verify, and delete it to convert it anew")
 
 
 def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
@@ -2242,21 +2268,30 @@ def find_ranks() -> Ranks:
         parent = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
         if any(entry.startswith(b"TORCHELASTIC_RUN_ID=") for entry in parent):
             environment = {}
-    if "TORCHELASTIC_RUN_ID" not in environment:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    numbers = [environment.get(name, "") for name in names]
+    if "TORCHELASTIC_RUN_ID" not in environment or not all(map(str.isdecimal, numbers)):
         return Ranks()
-    return Ranks(*(int(environment[name])
-                   for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    return Ranks(*map(int, numbers))
 
 
 def await_plan(out: Path, digest: str, rank: int) -> None:
     """Return once rank 0 has prepared the output for the plan that this rank has, too."""
-    began, other = time.monotonic(), None
+    began = told = time.monotonic()
+    other = None
     while (found := read_digest(out)) != digest:
+        now = time.monotonic()
         if found != other:
-            began, other = time.monotonic(), found
-        if other and time.monotonic() - began > PATIENCE:
+            began, other = now, found
+        if other and now - began > PATIENCE:
             raise CheckpointError(f"{out}: rank {rank} has the plan {digest}, rank 0 has {other}; "
                                   "give all ranks the same input and the same version")
+        if now - began > STALLED:
+            raise CheckpointError(f"{out}: rank 0 has not prepared it; start the same command "
+                                  "again")
+        if now - told > 30:
+            told = now
+            say(f"Rank {rank} waits until rank 0 has prepared {out}")
         time.sleep(POLL)
 
 
@@ -2518,9 +2553,11 @@ def make_output(plan: Plan, out: Path, side: SideFiles, device: torch.device, wo
         if ranks.rank > 0:
             if dry_run:
                 return
-            await_plan(out, digest_of(plan), ranks.rank)
-            there = [shard for shard in mine if (out / shard.name).is_file()]
+            there = [shard for shard in mine if os.path.lexists(out / shard.name)]
+            check_ours(there, out)
             done = find_done(there, out, workers)
+            if len(done) < len(mine):
+                await_plan(out, digest_of(plan), ranks.rank)
         else:
             state = inspect_output(plan, out, side, workers)
             tell_state(state, plan, out, workers, record)
@@ -2529,8 +2566,10 @@ def make_output(plan: Plan, out: Path, side: SideFiles, device: torch.device, wo
                 return
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out))
+            unfinished = {path for path in state.stale if path.suffix == TEMPORARY_SUFFIX}
             for path in state.stale if not state.complete else ():
-                path.unlink(missing_ok=True)
+                if ranks.count == 1 or path not in unfinished:  # Another rank may be writing it.
+                    path.unlink(missing_ok=True)
             sync_folder(out)
             if ranks.count > 1:
                 write_whole(out / RANKS_NAME, digest_of(plan))
@@ -2541,6 +2580,8 @@ def make_output(plan: Plan, out: Path, side: SideFiles, device: torch.device, wo
         if ranks.rank == 0:
             own = {shard.name for shard in mine}
             await_shards([shard for shard in plan.shards if shard.name not in own], out)
+            for path in unfinished:
+                path.unlink(missing_ok=True)
             if not record.complete:
                 publish(plan.checkpoint.root, out, side)
             (out / RANKS_NAME).unlink(missing_ok=True)
@@ -2581,9 +2622,9 @@ def tell_state(state: OutputState, plan: Plan, out: Path, workers: int, record: 
         say(f"Already there: {len(state.done)} of {counted(len(plan.shards), 'shard')}")
     if state.replaced:
         say(f"To be replaced, of another input or another reading: {', '.join(state.replaced)}")
-    newer = {step.source.path for shard in plan.shards if shard.name in state.done
-             for step in shard.steps
-             if step.source.path.stat().st_mtime_ns > (out / shard.name).stat().st_mtime_ns}
+    newer = {path for shard in plan.shards if shard.name in state.done
+             for path in {tensor.path for step in shard.steps for tensor in sources_of(step)}
+             if path.stat().st_mtime_ns > (out / shard.name).stat().st_mtime_ns}
     if newer:
         say(f"Newer than the output made of it: {', '.join(sorted(p.name for p in newer))}; run "
             "--verify to be sure")
