@@ -1,6 +1,6 @@
 """Let every single call to the operating system fail, or the process die there, and see what stays.
 
-    python tests/faults.py FOLDER [--kills N]
+    python tests/faults.py FOLDER [--every N] [--kills N]
 
 In the manner of SQLite's I/O error tests: calls that the writing and publishing of a small
 conversion makes are counted, and then, for every k, one run each meets an error, a short count or
@@ -126,7 +126,7 @@ def check(out: Path, expected: dict[str, bytes], where: str, temporary_allowed: 
         assert not absent, f"{where}: looks complete without {absent}"
 
 
-def inject(folder: Path, workers: int, stale: Path | None) -> dict[str, int]:
+def inject(folder: Path, workers: int, stale: Path | None, every: int) -> dict[str, int]:
     """Spoil every call of a conversion into an empty folder, or one with a stale output."""
     source, out, log, spoiled = (folder / name for name in ("in", "out", "log", "spoiled"))
     expected = contents(folder / "expected")
@@ -142,7 +142,7 @@ def inject(folder: Path, workers: int, stale: Path | None) -> dict[str, int]:
     calls = int(log.read_text().rpartition("calls ")[2])
     assert calls > 60, calls
     for kind in KINDS:
-        for k in range(1, calls + 1):
+        for k in range(1 + (len(kind) + workers) % every, calls + 1, every):
             reset()
             where = f"{kind} at call {k} of {calls}, {workers} workers, stale: {bool(stale)}"
             spoiled.write_text("")
@@ -191,6 +191,7 @@ def kill(folder: Path, times: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Let every call of a conversion fail.")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--every", type=int, default=1, help="spoil only every N-th call")
     parser.add_argument("--kills", type=int, default=40, help="how many runs to kill (default 40)")
     options = parser.parse_args()
     folder = options.folder
@@ -203,7 +204,7 @@ def main() -> None:
     for name, out in (("in", "expected"), ("other", "stale")):
         assert exit_status(run(folder / name, folder / out, folder / "log")) == 0
     for workers, stale in ((1, None), (3, folder / "stale")):
-        counts = inject(folder, workers, stale)
+        counts = inject(folder, workers, stale, options.every)
         print(f"{workers} workers, {'stale' if stale else 'no'} output: {counts}", flush=True)
     print(f"{kill(folder, options.kills)} of {options.kills} runs killed before their end")
 
