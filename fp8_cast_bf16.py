@@ -97,7 +97,7 @@ def naming(path: Path):
 
 INDEX_NAME, INDEX_SUFFIX = "model.safetensors.index.json", ".safetensors.index.json"
 CONFIG_NAME, PARAMS_NAME = "config.json", "params.json"  # The second is Mistral's own.
-NVIDIA_CONFIG_NAME = "hf_quant_config.json"
+NVIDIA_CONFIG_NAME, SIDECAR_NAME = "hf_quant_config.json", "quantization_config.json"
 SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 TOOL_FOLDERS = [".git", ".cache"]
 HEADER_LIMIT = 100_000_000  # Bytes, from safetensors; an index lists no more than headers do.
@@ -107,8 +107,8 @@ CONFIG_LIMIT, DEPTH_LIMIT = 10_000_000, 100  # Bytes and levels, far more than a
 class Tensor(NamedTuple):
     """A tensor on disk: dtype as safetensors spells it, bytes [start, stop) of the file at path.
 
-    The path of a tensor of the input is absolute or relative as the input's; of a planned output,
-    relative to the output. leaf is the name's last part, module what stands before its last dot.
+    path: for a tensor of the input, the input folder joined with the shard's name; for a planned
+    output, the shard's name alone. leaf is the name after its last dot, module the name before it.
     """
 
     name: str
@@ -133,6 +133,7 @@ class Checkpoint:
     config: dict | None
     params: dict | None
     nvidia_config: dict | None
+    sidecar: dict | None
 
 
 def is_plain(path: Path, root: Path) -> bool:
@@ -155,7 +156,7 @@ def parse_json(path: Path, text: bytes) -> dict:
         value = dict(pairs)
         if len(value) != len(pairs):
             twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise ValueError(f"{twice} stands there twice")
+            raise ValueError(f"the key {twice} occurs twice")
         return value
 
     def finite(text):
@@ -168,7 +169,7 @@ def parse_json(path: Path, text: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; download it again")
+        raise CheckpointError(f"{path}: is not a JSON object; download it again")
     return value
 
 
@@ -203,8 +204,8 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
         except RuntimeError as error:
-            # With the header accepted, torch maps the data, which a machine with less memory than
-            # the file may refuse. Nothing here needs that map.
+            # Once the header is accepted, torch maps the file, which can fail on a machine with
+            # less memory than the file has bytes. Nothing here needs the mapping.
             if "mmap" not in str(error):
                 raise
         size = int.from_bytes(file.read(8), "little")
@@ -214,7 +215,7 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
     for name, entry in header.items():
         # That parser takes lists for objects, too.
         if not (isinstance(entry, dict) and isinstance(entry["dtype"], str)):
-            raise CheckpointError(f"{path}: {name} is described in no known way; download it again")
+            raise CheckpointError(f"{path}: {name} has an invalid header entry; download it again")
         module, _, leaf = name.rpartition(".")
         start, stop = entry["data_offsets"]
         tensors.append(Tensor(name, module, leaf, entry["dtype"], tuple(entry["shape"]), path,
@@ -252,11 +253,11 @@ def find_shards(root: Path, index_name: str, index: dict | None) -> list[str]:
 
 
 def load_checkpoint(root: Path, consistent: bool = True) -> Checkpoint:
-    """Read index, configs and all headers of a checkpoint, and hold them against each other.
+    """Read the index, the configs and all headers of a checkpoint, and check that they agree.
 
-    The headers are the truth. The index decides which shards count and, where two of them hold a
-    tensor of the same name, which one does. Raises CheckpointError, but not for an index that names
-    what is not there where `consistent` is false: then all shards of the folder count.
+    The headers are authoritative. The index decides which shards belong to the checkpoint and, if
+    two of them hold a tensor of the same name, which one counts. If `consistent` is false, all
+    shards in the folder belong to it, and an index that lists missing tensors is not an error.
     """
     if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
         raise CheckpointError(f"{root}: no such folder, or not to be read; give the checkpoint's")
@@ -280,17 +281,19 @@ def load_checkpoint(root: Path, consistent: bool = True) -> Checkpoint:
     for name, shard in weight_map.items():
         if name not in tensors and consistent:
             raise CheckpointError(f"{root / shard}: {name} is not there; {index_name} names it")
-    configs = (read_json(root / name) for name in (CONFIG_NAME, PARAMS_NAME, NVIDIA_CONFIG_NAME))
+    names = [CONFIG_NAME, PARAMS_NAME, NVIDIA_CONFIG_NAME]
+    names += [SIDECAR_NAME] if is_plain(root / SIDECAR_NAME, root) else []
+    configs = [*map(read_json, (root / name for name in names)), None][:4]
     return Checkpoint(root, shards, tensors, index_name, index, *configs)
 
 
 # --- formats: how weights are stored; a new format is a row here, and a test in test_formats.py ---
 
-# What says in a config, at any depth, or in a shard's metadata that the weights are quantized.
+# Keys of a config, at any depth, or of a shard's metadata that mark the weights as quantized.
 QUANTIZATION_KEYS = ["quantization_config", "compression_config", "_quantization_metadata",
                      "expert_dtype", "moe_quant_algo"]
 BLOCK_SIZES_LIMIT = 64  # A config may name so many block sizes.
-SMALL_LIMIT = 16 << 20  # Bytes of a tensor that is read to plan: zero points, orders, notes.
+SMALL_LIMIT = 16 << 20  # Bytes of a tensor that planning reads: zero points, group indices, notes.
 F8 = frozenset({"F8_E4M3", "F8_E5M2"})
 FLOATS = frozenset({"F32", "BF16", "F16"})
 EXPONENTS = frozenset({"F8_E8M0", "U8"})  # Bytes that are exponents of two, biased by 127.
@@ -299,20 +302,22 @@ INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})  # I64, U64, BOOL
 CODE_BYTES = {"I8": 1, "U8": 1, "I32": 4}  # Of an element that packs codes.
 NUMBER_FORMATS = {"F8_E4M3": "E4M3", "F8_E5M2": "E5M2"}
 
-# What serves a quantized weight and means nothing beside a BF16 one. Zero points must be zero, and
-# group indices in order.
+# Tensors that belong to a quantized weight and are dropped with it. Zero points must be zero, and
+# group indices must be in order.
 SIDES = (
     "input_scale", "output_scale", "activation_scale", "act_scale", "input_scale_ub",  # activations
     "input_scale_2", "input_zero_point", "output_zero_point", "scale_input", "qscale_act",
-    "comfy_quant", "{}_zero_point", "{}_zp", "{}_g_idx",
+    "comfy_quant", "{}_zero_point", "{}_zp", "{}_g_idx", "{}_act_scale",
+    "{}_act_per_tensor_scale",
 )
-# May stand beside any weight, and are copied. A scale is that of the weight unless another is.
-PARAMETERS = {"bias", "e_score_correction_bias", "scale"}
+# May stand beside any weight and are copied; `scale` only if it is not the weight's own scale.
+PARAMETERS = {"bias", "e_score_correction_bias", "correction_bias", "expert_bias", "scale",
+              "tid2eid", "position_ids", "num_batches_tracked"}
 COMPRESSED = ("format", frozenset({  # vllm-project/compressed-tensors config/base.py
     "dense", "naive-quantized", "float-quantized", "int-quantized", "mixed-precision",
     "pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized",
 }))
-SEMANTICS = "weight_scale_semantics"  # The one key that says that an FP8 scale is not a factor.
+SEMANTICS = "weight_scale_semantics"  # The only key that can say that an FP8 scale divides.
 
 # amd/Quark 0.13: with other dtypes and formats of scales the same tensors mean something else.
 QUARK = (("dtype", frozenset({"fp4", "fp8_e4m3", "fp8_e5m2"})),
@@ -327,23 +332,26 @@ def named(*words: str) -> frozenset[str]:
 
 
 class Format(NamedTuple):
-    """One way to store a weight. The first row counts whose names, dtypes and method are there.
+    """One way to store a weight. The first row whose names, dtypes and method match applies.
 
-    Names are what follows the module. "{}" stands for the stem, the last part of the output's name:
-    `weight` mostly, or that of a parameter without a module (`experts.gate_up_proj`). weight is a
-    regular expression, and may reach into modules below the one in which the scale stands.
+    Names are relative to the module. "{}" stands for the stem, the last part of the output's name:
+    usually `weight`, or the name of a parameter without a module of its own, such as gate_up_proj.
+    weight is a regular expression, and may match in modules below the one that holds the scale.
 
-    containers, scale_dtypes: dtypes as safetensors spells them. number_format: a key of
-    kernel.FORMATS; where it is empty, the dtype says it. methods: the values of quant_method whose
-    loaders read the tensors so; "" where no method is named. FP8 means the same everywhere, so for
-    it they only decide between two scales; bytes and integers count under these methods alone.
-    scale and global_scale may be several names, in the same order.
-    groups: elements of a row that share a scale, where the format fixes them. global_scale: the
-    scale of the scales, which multiplies or `divides` them. inverse: the scale itself divides.
-    stacked: the scales of all experts stand in one tensor, the weights do not. whole_rows: no
-    scale holds for a part of a row (Quark stores INT8 groups transposed). sides: what else is
-    dropped with the weight. requires: keys of the config that must be there with these values;
-    accepts: keys that may have these values only.
+    - containers, scale_dtypes: dtypes as safetensors spells them.
+    - number_format: a key of kernel.FORMATS; if empty, the dtype of the codes determines it.
+    - methods: the values of quant_method whose loaders read the tensors so; "" where the config
+      names none. FP8 has one meaning, so for it they only decide between two scales; bytes and
+      integers are converted under these methods alone.
+    - scale, global_scale: one name each, or the same number of alternatives, separated by spaces.
+      The global scale multiplies the scales, or `divides` them. inverse: the scale divides, too.
+    - groups: columns that share a scale, where the format fixes them.
+    - stacked: the scales of all experts are one tensor, although the weights are not.
+    - transposed: the weight is stored transposed, so that scales of rows apply to columns.
+    - whole_rows: a scale covers whole rows (Quark stores INT8 groups transposed).
+    - within_rows: a scale covers part of one row, or a block that the config names.
+    - sides: what else is dropped with the weight.
+    - requires, accepts: keys of the config that must have one of these values, or no other.
     """
 
     title: str
@@ -360,6 +368,7 @@ class Format(NamedTuple):
     stacked: bool = False
     transposed: bool = False
     whole_rows: bool = False
+    within_rows: bool = False
     sides: tuple[str, ...] = SIDES
     requires: tuple[tuple[str, frozenset[str]], ...] = ()
     accepts: tuple[tuple[str, frozenset[str]], ...] = ()
@@ -369,9 +378,9 @@ FORMATS = [
     # modelcloud/GPTQModel quantize_fp8_weight: the scale is 448 / absmax and divides.
     Format("GPTQModel", "{}", "{}_scale_inv", scale_dtypes=FLOATS, inverse=True,
            requires=((SEMANTICS, named("inverse")),)),
-    # deepseek-ai/DeepSeek-V3 inference/kernel.py multiplies: it is the inverse of the factor
-    # by which the quantizer multiplied. huggingface/transformers integrations/finegrained_fp8.py,
-    # before 5.0, has it in the plural for fused experts.
+    # deepseek-ai/DeepSeek-V3 inference/kernel.py multiplies by it: it is the inverse of the
+    # quantizer's factor. huggingface/transformers integrations/finegrained_fp8.py, before 5.0,
+    # uses the plural for fused experts.
     Format("DeepSeek-V3, Kimi-K2, Qwen3, GLM-5, MiniMax, Mistral", "{}",
            "{}_scale_inv {}_scales_inv", methods=named("fp8", "mxfp8")),
     # huggingface/transformers modeling of Llama 4, FbgemmFp8Llama4TextExperts: the weight is
@@ -395,8 +404,8 @@ FORMATS = [
            methods=named("torchao")),
     # vllm-project/vllm 53896: the shards of an embedding share the scale of the whole.
     Format("Qwen3.8 n-gram tables", r"shard_\d+\.weight", "weight_scale", scale_dtypes=FLOATS),
-    # huggingface/transformers 5 integrations/finegrained: save_pretrained takes the experts apart
-    # but not their scales, in which the rows of up follow those of gate.
+    # huggingface/transformers 5 integrations/finegrained: save_pretrained splits the experts
+    # but not their scales, where the rows of up follow those of gate.
     Format("experts saved by transformers 5", r"\d{1,9}\.(?:gate_proj|up_proj|w1|w3)\.weight",
            "gate_up_proj_scale_inv", stacked=True),
     Format("experts saved by transformers 5", r"\d{1,9}\.(?:down_proj|w2)\.weight",
@@ -414,12 +423,12 @@ FORMATS = [
     Format("INT8 per row or tensor", "{}", "{}_scale", named("I8"), FLOATS, "INT8",
            named("w8a8_int8", "quark", "modelopt"), whole_rows=True),
     Format("compressed-tensors INT8", "{}", "{}_scale", named("I8"), FLOATS, "INT8",
-           named("compressed-tensors"), accepts=(COMPRESSED,)),
+           named("compressed-tensors"), within_rows=True, accepts=(COMPRESSED,)),
     # InternLM/lmdeploy lite/apis/smooth_quant.py
     Format("INT8 of lmdeploy", "weight", "scale", named("I8"), FLOATS, "INT8",
-           named("smooth_quant")),
+           named("smooth_quant"), whole_rows=True),
     Format("INT8 of torchao", "_{}_qdata", "_{}_scale", named("I8"), FLOATS, "INT8",
-           named("torchao")),
+           named("torchao"), within_rows=True),
     # pytorch/ao prototype/mx_formats; swizzled scales have another shape.
     Format("MXFP4 of torchao", "_{}_qdata", "_{}_scale", named("U8"), named("F8_E8M0"), "E2M1",
            named("torchao"), (32,)),
@@ -459,14 +468,15 @@ FORMATS = [
            (16,), "{}.scale2", sides=(*SIDES, "{}.input_amax", "{}.original_shape")),
     # sgl-project/sglang layers/quantization/w4afp8.py: two's complement, the low half first.
     Format("W4AFP8", "{}", "{}_scale_inv", named("I8"), FLOATS, "INT4", named("w4afp8"), (128,)),
-    # vllm-project/compressed-tensors compressors/pack_quantized: eight codes an int32, the lowest
-    # bits first, 8 more than the value. The config gives the groups.
+    # vllm-project/compressed-tensors compressors/pack_quantized: eight codes per int32, the
+    # lowest bits first, each 8 more than its value. The config gives the group size.
     Format("Kimi-K2-Thinking, compressed-tensors INT4", "{}_packed", "{}_scale", named("I32"),
            FLOATS, "UINT4B8", named("compressed-tensors"), sides=(*SIDES, "{}_shape"),
            accepts=(COMPRESSED,)),
 ]
 PLAIN_CAST = Format("plain FP8 cast", "{}", "")  # no scale: the policy of --missing-scale
 
+KNOWN_METHODS = frozenset({"", "fp8", "mistral"}).union(*(row.methods for row in FORMATS))
 CONTAINERS = frozenset().union(*(row.containers for row in FORMATS))
 ALL_SIDES = frozenset(side.replace("{}", "weight") for row in FORMATS for side in row.sides)
 STRANGE_DTYPES = {  # What is never copied: only a quantized weight has a use for it.
@@ -475,21 +485,27 @@ STRANGE_DTYPES = {  # What is never copied: only a quantized weight has a use fo
     "F8_E5M2FNUZ": "an FNUZ float, whose bits mean other values",
     "F8_E8M0": "an exponent that is the scale of no known weight",
 }
-# Words of which the name of a scale consists, whoever wrote it; one is of the first kind.
-SCALE_WORDS = named("scale", "scales", "scaling", "absmax", "scb", "suh", "svh", "compressed")
+# The name of a scale, whoever wrote it, consists of these words, with at least one of the first.
+SCALE_WORDS = named("scale", "scales", "scaling", "absmax", "scb", "suh", "svh", "compressed",
+                    "wscale", "wscales", "wcscales", "wtscale", "qscales", "lut")
 OTHER_WORDS = named(
     "weight", "weights", "inv", "inverse", "reciprocal", "factor", "factors", "block", "blocks",
-    "group", "channel", "global", "double", "quant", "quantized", "quantizer", "deq", "fp8", "fp4",
+    "group", "channel", "global", "double", "quant", "quantized", "quantizer", "deq", "dequant",
+    "fp8", "fp4", "fp", "int", "int8", "per", "tensor", "row", "col", "w", "zeros", "and", "table",
 )
-# Words in which the name of a tensor of codes may end, beyond the name of the weight.
+# Endings that a tensor of codes may add to the name of its weight.
 CODES_ENDING = re.compile(
     r"(^|[._]+)((q?weights?|packed|q?data|blocks|quant|quantized|values|float8|fp8|bitmask|trellis|"
     r"W_q)([._]+|$))+$")
-CODES_NAME = re.compile(r"weight|qweight|qzeros|W_q|.*(_packed|_qdata|_proj)", re.DOTALL)
+# Names of integers that are codes whatever the method, and where a method but fp8 is named.
+CODES_NAME = re.compile(r"qweight|qzeros|W_q|.*(_packed|_qdata)", re.DOTALL)
+CODES_OR_WEIGHT_NAME = re.compile(rf"weight|.*_proj|{CODES_NAME.pattern}", re.DOTALL)
+TABLE_NAME = re.compile(r"(.*_)?(ids|index|idx|mask|table|tid2eid)", re.DOTALL)
 # Endings of names that say, after a weight's name, that the tensor takes part in its quantization.
 QUANTIZATION_ENDING = re.compile(
     r"(.*[._])?(scales?|scale_?(inv|\d)|scales_inv|zero_points?|zp|q?zeros|g_idx|offset|shape|amax|"
-    r"absmax|rotation|trans|svd\w*|lora\w*|packed|qdata|codebook|blocks|bitmask|compressed|quant\w*)",
+    r"absmax|rotation|trans|svd\w*|lora\w*|packed|qdata|codebook|blocks|bitmask|compressed|"
+    r"quant\w*)",
     re.DOTALL,
 )
 ORPHAN_LEAF = re.compile(
@@ -500,6 +516,8 @@ DROPPED_ORPHANS = "_scale_inv", "_scales_inv"  # No model has a parameter of suc
 CACHE_SCALE = re.compile("[kvq]_scale|kv_scale|prob_scale|prob_output_scale|qscale_act|scaled_fp8")
 CACHE_OFFSET = {"k_bias": "k_scale", "v_bias": "v_scale"}  # ModelOpt's affine key-value cache.
 ATTENTION_ZERO = re.compile("[kvq]_zero_point")  # vllm-project/llm-compressor, FP8 attention
+# Quark's, auto-round's and SDNQ's keys; what they rotate offline (r1, r2) needs nothing.
+ROTATIONS = {"rotation_config", "hadamard_config", "use_hadamard", "online_r1_rotation", "r3", "r4"}
 UNKNOWN_METHODS = "quantization_bit", "quant_type", "dfloat11_config"  # keys of config.json itself
 BLOCK_SIZES = (16, 32, 64, 128, 256, 1)  # Seen in formats, for one axis each.
 COMFY = "ComfyUI's "  # Before the format that a note names, as if it were a method.
@@ -511,8 +529,8 @@ class Quantization(NamedTuple):
     """How a weight's codes become values.
 
     output: the name of the values; shape: theirs, in elements. scale: None for a weight that is
-    cast as if its scale were 1. grid: which scale belongs to which element, of a matrix in which
-    the weight begins at element `first`. packed_cols: codes that a row of the weight has on disk.
+    cast as if its scale were 1. grid: which scale belongs to which element of the matrix in which
+    the weight begins at element `first`. packed_cols: codes per row of the weight on disk.
     """
 
     row: Format
@@ -570,6 +588,7 @@ def read_evidence(checkpoint: Checkpoint) -> Evidence:
     """Collect what configs and notes say. Raises CheckpointError for what nobody can undo."""
     config = checkpoint.config
     sections = [value for key, value in walk(config) if key in QUANTIZATION_KEYS]
+    sections += [checkpoint.sidecar or {}, *read_metadata(checkpoint)]
     params = (checkpoint.params or {}).get("quantization") or {}
     nvidia = (checkpoint.nvidia_config or {}).get("quantization") or {}
     facts = {}
@@ -585,21 +604,39 @@ def read_evidence(checkpoint: Checkpoint) -> Evidence:
     plain = {key: value for key, value in (config or {}).items() if key not in QUANTIZATION_KEYS}
     methods |= {key for key, value in walk(plain) if key in UNKNOWN_METHODS and value}
     counts = {key: {v for k, v in walk(config) if k == key and isinstance(v, int)}
-              for key in ("num_attention_heads", "num_key_value_heads", "head_dim")}
+              for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")}
     heads = counts["num_attention_heads"] | counts["num_key_value_heads"]
+    sizes = counts["head_dim"] | {size // n for size in counts["hidden_size"]
+                                  for n in counts["num_attention_heads"] if n}
     return Evidence(frozenset(methods) or named(""), facts, read_block_sizes(checkpoint, sections),
-                    read_int4_groups(sections), frozenset(heads - counts["head_dim"]),
+                    read_int4_groups(sections), frozenset(heads - sizes),
                     read_notes(checkpoint))
+
+
+def read_metadata(checkpoint: Checkpoint) -> list:
+    """Return what the metadata of shards says as configs do (nunchaku)."""
+    found = []
+    for entries in checkpoint.shards.values():
+        for key in QUANTIZATION_KEYS[:2]:
+            with suppress(ValueError, RecursionError):
+                found.append(json.loads(entries.get(key, "null")))
+    return found
 
 
 def contradiction(key: str, value) -> str | None:
     """Return why weights mean something else than their names and dtypes say, from a config."""
+    if not value:
+        return None
     if key == "location" and not str(value).startswith("weight_"):
         return "transform_config changes activations at run time"
-    if key == "sparsity_structure" and value not in (None, "dense", "unstructured", "0:0"):
+    if key == "sparsity_structure" and value not in ("dense", "unstructured", "0:0"):
         return "sparsity_config has weights stored without their zeros"
-    if key == "swap_weight_nibbles" and value:
+    if key == "swap_weight_nibbles":
         return "swap_weight_nibbles has the codes of a byte in the other order"
+    if key in ROTATIONS:
+        return f"{key} rotates weights or activations at run time"
+    if key == "quant_method" and value == "sdnq":  # Disty0/sdnq src/sdnq/dequantizer.py
+        return "sdnq stores weights regrouped, transposed or rotated"
     return None
 
 
@@ -625,10 +662,10 @@ def read_block_sizes(checkpoint: Checkpoint, sections: list) -> tuple[tuple[int,
 
 
 def read_int4_groups(sections: list) -> tuple[int, ...]:
-    """Return the group sizes of packed integers, none if any of them are not symmetric INT4.
+    """Return the group sizes of packed integers, or () if any of them is not symmetric INT4.
 
-    vllm-project/compressed-tensors: a group of layers may have a format of its own. W8A16 has the
-    same tensors as INT4, and its grids fit the wrong reading, too.
+    vllm-project/compressed-tensors: each group of layers may have its own format. W8A16 has the
+    same tensors as INT4, and its scales have shapes that would fit INT4, too.
     """
     sizes = []
     for section in sections:
@@ -772,13 +809,14 @@ def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
     stacked = factor is None or fits_stack(factor, row, experts, shape)
     if len(grids) != 1 or packed_cols % 2 or not stacked:
         named = [f"{tensor.name} {list(tensor.shape)}" for tensor in (scale, factor) if tensor]
+        fit = ["no block size fits", "the grid fits, but not the rest", "two grids fit"]
         raise CheckpointError(f"{weight.path}: {weight.name} is {list(shape)} ({number_format}, "
                               f"{evidence}), scaled by {' and '.join(named)}: "
-                              f"{'two grids fit' if len(grids) > 1 else 'no block size fits'}"
-                              f"{problem}; expected one scale per tensor, expert, row, column or "
-                              "block")
+                              f"{fit[min(len(grids), 2)]}{problem}; expected one scale per tensor, "
+                              "expert, row, column or block")
     output = head + stem if "{}" in row.weight else weight.name
-    if output == head + "weight" != weight.name and head.endswith("_weight."):
+    wrapped = output == f"{head}weight" != weight.name and head.endswith("_weight.")
+    if wrapped and "experts." in head:
         output = head[:-1]  # A parameter that was wrapped in a module of its name (Inkling).
     return Quantization(row, number_format, output, shape, scale, grids[0], factor, first,
                         packed_cols or grids[0].cols)
@@ -811,8 +849,9 @@ def grids_of(weight: Tensor, row: Format, shape: tuple[int, ...], scale_shape: t
     else:
         grids, problem = find_grids(shape, scale_shape, evidence.block_sizes, row.transposed,
                                     "qkv_proj" in weight.name)
-    if row.whole_rows:
-        grids = [grid for grid in grids if grid.block_cols >= grid.cols]
+    if row.whole_rows or row.within_rows:
+        grids = [grid for grid in grids if grid.block_cols >= grid.cols or (row.within_rows and (
+            grid.block_rows == 1 or (grid.block_rows, grid.block_cols) in evidence.block_sizes))]
     rows, cols = math.prod(shape[:-1]), math.prod(shape[-1:])
     tiles = {(32 * ceil_div(rows, 128), 16 * ceil_div(cols, 4 * group)) for group in (16, 32)}
     if not grids and scale_shape in tiles:  # pytorch/ao prototype/mx_formats
@@ -875,9 +914,10 @@ def find_grids(
     scale for all; per expert, per row or per column; one of block_sizes; a block size out of
     BLOCK_SIZES on each axis. It is never computed from the shapes: 192 rows over 2 rows of scales
     are blocks of 128, the second cut off, not blocks of 96. Per-row scales of a `transposed` weight
-    belong to its columns. The rows of a `fused` weight may consist of equal parts, one of each
-    tensor-parallel rank, in which blocks start anew. Where block_sizes are given and none fits, the
-    scales contradict the config unless they are those of EXACT_BLOCKS. The second result says so.
+    belong to its columns. The rows of a `fused` weight may consist of equal slices, one for
+    each tensor-parallel rank, and blocks start anew in each. If block_sizes are given and none
+    fits, only EXACT_BLOCKS are tried. The second result, for an error message, says what was
+    expected.
     """
     if len(weight_shape) > 3:  # a convolution: its scales are per tensor or per row
         weight_shape = (weight_shape[0], math.prod(weight_shape[1:]))
@@ -886,7 +926,7 @@ def find_grids(
         return [Grid(E * N, K, max(E * N, 1), max(K, 1), slab_rows=max(E * N, 1))], ""
     scale = squeezed(scale_shape, E)
     if len(scale_shape) > 3:  # ModelOpt: [n, 1, k, 1], whose blocks are 128x128
-        block_sizes = block_sizes or ((128, 128),)
+        block_sizes += ((128, 128),)
     row, column, expert = (1, K), (N, 1), (N, K)
     shapes = [((N,), row), ((N, 1), row), ((1, K), column)]
     if E > 1:
@@ -930,7 +970,7 @@ def squeezed(shape: tuple[int, ...], experts: int) -> tuple[int, ...]:
 
 def fitting_blocks(sizes: Iterable[tuple[int, int]], N: int, K: int,
                    scale: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return the block sizes that give a grid, one of those that differ beyond its edge only."""
+    """Return the sizes that give this grid; those that differ only past its edges count once."""
     blocks = {}
     for rows, cols in sizes:
         if (ceil_div(N, rows), ceil_div(K, cols)) == scale:
@@ -983,7 +1023,8 @@ def read_formats(checkpoint: Checkpoint) -> Reading:
     modules = {}
     for tensor in tensors.values():
         modules.setdefault(tensor.module, []).append(tensor)
-    drop_cache_scales(tensors, modules, evidence, dropped)
+    if weights or evidence.methods != {""} or any(t.dtype in F8 for t in tensors.values()):
+        drop_cache_scales(tensors, modules, evidence, dropped)
     for name, quantization in weights.items():
         account(tensors[name], quantization, modules, weights, dropped)
     outputs = set(tensors)
@@ -1044,12 +1085,12 @@ def account(weight: Tensor, quantization: Quantization, modules: dict[str, list[
             weights: dict[str, Quantization], dropped: dict[str, Tensor]) -> None:
     """Drop the side tensors of a weight. Raises CheckpointError for what would have to be applied.
 
-    In a module that is the weight's own everything counts; beside a weight that stands for a
-    parameter of a larger module, what its name begins and an ending of quantization ends.
+    If the module is the weight's own, every tensor in it must be known. If the weight is one of
+    several parameters, only tensors named like it plus a quantization ending must be.
     """
     stem = quantization.output.removeprefix(weight.module).removeprefix(".")
-    own = weight.leaf in ("weight", "weight_packed", "_weight_qdata")
-    stem = "weight" if own else stem
+    own = weight.leaf in ("weight", "weight_packed", "_weight_qdata") and weight.module
+    stem = "weight" if own or weight.leaf == "weight" else stem
     sides = side_names(quantization.row, stem)
     beside = [(other, other.leaf) for other in modules[weight.module]]
     for inner in dict.fromkeys((weight.name, quantization.output)):
@@ -1118,20 +1159,24 @@ def judge_rest(checkpoint: Checkpoint, evidence: Evidence, weights: dict[str, Qu
     rest.sort(key=lambda tensor: is_scale(tensor.leaf))  # An error is to name the weight.
     names = sorted(checkpoint.tensors)
     missing, orphans = [], []
-    strange = evidence.methods - {"fp8", ""}
+    strange = bool(evidence.methods - {"fp8", ""})
+    unknown_method = bool(evidence.methods - KNOWN_METHODS)
     for tensor in rest:
-        codes = tensor.dtype in F8 or (tensor.dtype in INTEGERS and len(tensor.shape) > 1)
+        integers = tensor.dtype in INTEGERS and len(tensor.shape) > 1
+        codes = tensor.dtype in F8 or integers or (
+            tensor.dtype in INTEGERS and tensor.leaf == "weight")
         partner = find_partner(tensor, names, dropped) if codes else None
-        named_so = tensor.dtype in ("I8", "U8", "I32", "U32") and fully(CODES_NAME, tensor.leaf)
-        unknown = tensor.dtype in INTEGERS and not weights
-        noted = tensor.dtype == "U8" and tensor.module in evidence.notes
-        if partner or (codes and (noted or (strange and (named_so or unknown)))):
+        name = CODES_OR_WEIGHT_NAME if strange else CODES_NAME
+        like_codes = integers and tensor.dtype[1:] != "16" and bool(fully(name, tensor.leaf))
+        unknown = integers and unknown_method and not fully(TABLE_NAME, tensor.leaf)
+        noted = tensor.dtype == "U8" and tensor.module in evidence.notes and integers
+        if partner or like_codes or unknown or noted:
             beside = f", beside {partner}" if partner else ""
+            hint = "" if tensor.dtype in F8 else "only the config could tell what it means; "
             stored = f"; {partner} is {checkpoint.tensors[partner].dtype}" if partner else ""
             raise CheckpointError(f"{tensor.path}: {tensor.name} ({tensor.dtype}{beside}) looks "
-                                  f"quantized, in no format known here ({evidence}){stored}; only "
-                                  "the config could tell what such codes mean; dequantize this "
-                                  "checkpoint with the tool that made it")
+                                  f"quantized, in no format known here ({evidence}){stored}; "
+                                  f"{hint}dequantize this checkpoint with the tool that made it")
         if tensor.dtype in STRANGE_DTYPES:
             raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}, "
                                   f"{STRANGE_DTYPES[tensor.dtype]}, in no format known here "
@@ -1160,26 +1205,28 @@ def judge_rest(checkpoint: Checkpoint, evidence: Evidence, weights: dict[str, Qu
 def find_partner(weight: Tensor, names: list[str], dropped: dict[str, Tensor]) -> str | None:
     """Return a tensor that is named like the scale of a weight, by whatever convention.
 
-    That is one whose name goes on where the weight's ends, or where that is less the words for
-    codes, in words of which all are about scales. A `scale` among others is not enough
-    (`scale_shift_table`).
+    Its name is the weight's, with or without the ending for codes, followed by words about scales
+    only. One such word among others is not enough (`scale_shift_table`).
     """
     for base in dict.fromkeys((CODES_ENDING.sub("", weight.name), weight.name)):
         for start in (f"{base}.", f"{base}_") if base else ("",):
             for at in range(bisect_left(names, start), len(names)):
                 if not names[at].startswith(start):
                     break
-                if (is_scale(names[at].removeprefix(start)) and names[at] not in dropped
-                        and names[at] != weight.name):
+                rest = names[at].removeprefix(start)
+                goes_on = f"{base}.{rest}".startswith(f"{weight.module}.weight.scale")
+                known = names[at] in dropped or names[at] == weight.name
+                if (goes_on or is_scale(rest)) and not known:
                     return names[at]
     return None
 
 
 @functools.cache
 def is_scale(text: str) -> bool:
-    words = re.split(r"[._]+", text.lower().strip("._"))
-    words = {word.rstrip("0123456789") or "2" for word in words}
-    return not words.isdisjoint(SCALE_WORDS) and words <= SCALE_WORDS | OTHER_WORDS | {"2"}
+    words = {*re.split(r"[._]+", text.lower().strip("._"))}
+    known = SCALE_WORDS | OTHER_WORDS | {"2"}
+    words = {word if word in known else word.rstrip("0123456789") for word in words}
+    return not words.isdisjoint(SCALE_WORDS) and words <= known
 
 
 # --- plan: what every byte of the output will be ---
@@ -1198,7 +1245,7 @@ MISSING_SCALE = ["keep", "cast", "error"]
 
 
 class Step(NamedTuple):
-    """One tensor of an output shard: source's bytes, or its values where it has a quantization."""
+    """One tensor of an output shard: a copy of source, or its values if it is quantized."""
 
     output: Tensor
     source: Tensor
@@ -1378,7 +1425,8 @@ PHASES = ["reading", "decoding", "writing", "syncing"]
 
 def page_aligned(size: int, pinned: bool) -> torch.Tensor:
     """Return a uint8 tensor that starts on a page, in pinned memory if a GPU is to copy from it."""
-    # Pinned memory comes in pages, and a size over a power of two would be rounded up to the next.
+    # Pinned memory is page-aligned already, and torch rounds its size up to a power of two: asking
+    # for one more page could double it.
     buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
     if start := -buffer.data_ptr() % PAGE:
         buffer = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
@@ -1449,10 +1497,10 @@ class Worker:
 
 def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Callable,
                 total: int, quiet: bool = False) -> None:
-    """Let every worker, a thread each, take tasks until there are none or one of them has failed.
+    """Run every worker in a thread of its own until no task is left or one has failed.
 
-    A task is a shard and what `work` takes after the worker and the shard; work returns how many
-    of `total` bytes are done. The workers are the threads: torch's own would wait for each other at
+    A task is the arguments of `work` after the worker, a shard first. `work` returns how many of
+    the `total` bytes it has done. torch's own threads are off: they would wait for each other at
     the end of every operation, on cores that the reads and writes of other workers keep busy.
     """
     lock, stopped, tasks = threading.Lock(), threading.Event(), iter(tasks)
@@ -1567,7 +1615,7 @@ def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
         left, right = 0, cols
     count = (bottom - top) * (right - left)
     scales = read_elements(scale, top * cols + left, count, worker)
-    if scale.dtype == "F8_E4M3" and scales.numel() and scales.min() < 0:
+    if scale.dtype == "F8_E4M3" and (scales < 0).any():
         raise CheckpointError(f"{scale.path}: {scale.name} holds negative scales of groups; a "
                               "format that keeps something else in their sign is not known here")
     scales = scales.view(bottom - top, right - left)
@@ -1608,8 +1656,9 @@ def temporary(path: Path, fingerprint: str = "") -> Path:
 def direct_flag(root: Path) -> int:
     """Return O_DIRECT where this folder's file system takes it, else 0.
 
-    Direct writes skip the page cache, which takes 2.5 to 4 times as long for files that are larger
-    than it. Where they are refused (tmpfs, some network file systems) plain writes do the same.
+    Direct writes skip the page cache; writing through it takes 2.5 to 4 times as long for files
+    larger than the cache. Where they are refused (tmpfs, some network file systems), plain writes
+    take their place.
     """
     probe = temporary(root / f"{PROBE}{os.getpid()}")
     try:
@@ -1625,7 +1674,7 @@ def direct_flag(root: Path) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable, where the system can."""
+    """Flush the entries of a folder to disk, where the system supports it."""
     if os.name == "posix":
         number = os.open(folder, os.O_RDONLY)
         try:
@@ -1662,13 +1711,14 @@ class Output:
                     file.truncate(shard.size)
 
     def write(self, worker: Worker, shard: Shard, start: int, stop: int) -> int:
-        """Render a window and write it. What fills its last page is cut off at the end."""
+        """Render a window and write it."""
         self.begin(worker, shard)
         render(shard, self.headers[shard.name], start, stop, worker)
-        view = as_bytes(worker.out)[: ceil_div(stop - start, PAGE) * PAGE]
-        path = self.paths[shard.name]
+        view, path = as_bytes(worker.out)[: stop - start], self.paths[shard.name]
+        # Direct writes are of whole pages, and a shard must never be longer than planned.
+        direct = self.direct if len(view) % PAGE == 0 else 0
         with (worker.timed("writing"), self.overtaken(shard), naming(path),
-              open_raw(path, "r+b", self.direct) as file):
+              open_raw(path, "r+b", direct) as file):
             file.seek(start)
             while view:
                 view = view[file.write(view) :]
@@ -1681,6 +1731,7 @@ class Output:
 
     @contextmanager
     def overtaken(self, shard: Shard):
+        """Ignore that a temporary file is gone if another job has already finished its shard."""
         try:
             yield
         except FileNotFoundError:
@@ -1695,7 +1746,6 @@ class Output:
         path, final = self.paths[shard.name], self.root / shard.name
         with self.overtaken(shard):
             with worker.timed("syncing"), naming(path), open_raw(path, "r+b") as file:
-                file.truncate(shard.size)
                 os.fsync(file.fileno())
             os.replace(path, final)
         del self.paths[shard.name]
@@ -1720,9 +1770,9 @@ def write_shards(shards: list[Shard], root: Path, pool: list[Worker], quiet: boo
 
 # --- check: whether a shard is this input's, whether values are plausible, and --verify ---
 
-READING_VERSION = 1  # To be raised when the same tensors and the same row give other values.
+READING_VERSION = 1  # Raise it when the same tensors and row give new values.
 PLAUSIBLE = 1e-6, 4.0  # Root mean squares of weights.
-PLAUSIBLE_CAST = 1e-6, 32.0  # Plain casts hold embeddings, too.
+PLAUSIBLE_CAST = 1e-6, 32.0  # Embeddings, norms, and plain casts, which hold both.
 SAMPLED_WEIGHTS, SAMPLED_BYTES = 5, 64 << 10
 REFERENCE_PIECE = 1 << 20  # Elements that a worker compares at once.
 REFERENCE_DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8}
@@ -1781,7 +1831,7 @@ def is_ours(path: Path) -> bool:
 
 
 def find_implausible(plan: Plan) -> list[str]:
-    """Return a line for each kind of weights of which a sample has values that no weight has.
+    """Return a line for each kind of weight whose sampled values are not those of a weight.
 
     A misread format (an inverse scale that is multiplied, exponents read as numbers, a divisor used
     as a factor) is wrong by orders of magnitude, in every weight of its kind. What this cannot see:
@@ -1802,8 +1852,9 @@ def find_implausible(plan: Plan) -> list[str]:
         rms = statistics.median(entry[1] for entry in samples)
         if any(math.isnan(entry[1]) for entry in samples):
             rms = math.nan
-        low, high = PLAUSIBLE if steps[0].quantization.scale else PLAUSIBLE_CAST
         name = samples[0][0].source.name
+        wide = steps[0].quantization.scale is None or re.search("embed|shared|wte|norm", name)
+        low, high = PLAUSIBLE_CAST if wide else PLAUSIBLE
         hint = ("usually an inverse scale, raw codes or a missing second scale; --verify reads the "
                 "format the same way and cannot see it")
         if not low <= rms <= high:
@@ -1823,9 +1874,11 @@ def sample(step: Step, worker: Worker) -> tuple[float, bool]:
     total = math.prod(reading.shape)
     if not total:
         return 0.0, False
+    cols = reading.grid.cols
     count = min(total, SAMPLED_BYTES * kernel.FORMATS[reading.number_format].codes_per_byte)
     start = (total - count) // 2
-    row, col, M, N = next(pieces(start, start + count, reading.grid.cols, count))
+    start -= start % cols if cols <= count else 0  # so that the piece is of whole rows
+    row, col, M, N = next(pieces(start, start + count, cols, count))
     first_row = reading.first // reading.grid.cols
     scales = read_scales(reading, reading.grid.scale_region(first_row + row, col, M, N), worker)
     out = torch.empty(M * N, dtype=torch.bfloat16)
@@ -1836,7 +1889,7 @@ def sample(step: Step, worker: Worker) -> tuple[float, bool]:
 
 def find_differences(plan: Plan, out: Path, texts: dict[str, str], workers: int,
                      ranks: Ranks) -> list[str]:
-    """Return in what an output, whoever made it, is not the plan's: a line for each difference.
+    """Return a line for each difference between an output, whoever made it, and the plan.
 
     How tensors are spread over shards is free, and so are the order and padding of headers, the
     fingerprint, and the payload of a NaN. Each rank looks at the values of its own shards, and
@@ -2017,12 +2070,12 @@ def differing_values(got, expected, place: str = "") -> Iterator[tuple[str, str,
 
 DTYPE_KEYS = ["torch_dtype", "dtype"]
 # Files that only a quantized checkpoint needs; a loader would take the output for quantized.
-QUANTIZATION_FILES = [NVIDIA_CONFIG_NAME, "quantization_config.json", "quant_cfg.json",
+QUANTIZATION_FILES = [NVIDIA_CONFIG_NAME, SIDECAR_NAME, "quant_cfg.json",
                       "quanto_qmap.json", "quant_model_description*.json"]
 # Weights in other formats or of another set.
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pth", "*.gguf",
                 "*.h5", "*.msgpack", "*.tmp"]
-RANKS_NAME = "fp8_cast_bf16.ranks"  # While ranks work it holds what their plans have in common.
+RANKS_NAME = "fp8_cast_bf16.ranks"  # Holds the digest of the plan while ranks work.
 
 
 def bf16_config(value):
@@ -2108,7 +2161,7 @@ class OutputState:
     """What an output folder holds, and what is to be done about it.
 
     done: shards that are as planned. replaced: those of an earlier run that are not. stale: files
-    that must go, what makes loaders take the output for complete first. needed, free: bytes.
+    to remove, first those that mark an output as complete. needed, free: bytes.
     """
 
     done: set[str]
@@ -2129,8 +2182,9 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
     there = [shards[name] for name in sorted(shards) if os.path.lexists(out / name)]
     check_ours(there, out)
     done = find_done(there, out, workers)
-    names = [*side.texts, CONFIG_NAME, PARAMS_NAME, INDEX_NAME, *QUANTIZATION_FILES]
-    stale = [path for name in dict.fromkeys(names) for path in sorted(out.glob(name))]
+    names = [*side.texts, CONFIG_NAME, PARAMS_NAME, INDEX_NAME]
+    stale = [out / name for name in dict.fromkeys(names) if os.path.lexists(out / name)]
+    stale += [path for pattern in QUANTIZATION_FILES for path in sorted(out.glob(pattern))]
     stale += sorted(out.glob(f"*{TEMPORARY_SUFFIX}")) + sorted(out.glob(RANKS_NAME))
     stale += [path for name in side.copied if (path := temporary(out / name)).exists()]
     check_places(out, [*side.texts, *side.copied], stale)
@@ -2200,7 +2254,7 @@ def check_places(out: Path, names: list[str], stale: list[Path]) -> None:
             raise CheckpointError(f"{path.parent}: is a link out of the output; remove it")
         above = next(p for p in path.parents if os.path.lexists(p))
         if not above.is_dir():
-            raise CheckpointError(f"{above}: is in the place of a folder; remove it")
+            raise CheckpointError(f"{above}: is where a folder has to be; remove it")
 
 
 @contextmanager
@@ -2224,7 +2278,7 @@ def locked(folder: Path):
 
 
 def write_whole(path: Path, content: str | Path) -> None:
-    """Give a file new content, a text or that of another file, at once or not at all."""
+    """Replace a file atomically by a text or by the content of another file."""
     try:
         with naming(path), open(temporary(path), "wb") as file:
             if isinstance(content, Path):
@@ -2324,7 +2378,7 @@ def await_shards(shards: list[Shard], out: Path) -> None:
         if blocks != seen:
             sign, seen = now, blocks
         if now - sign > STALLED:
-            raise CheckpointError(f"{out}: {len(left)} shards of other ranks do not grow any more "
+            raise CheckpointError(f"{out}: {len(left)} shards of other ranks have stopped growing "
                                   f"({left[0].name}); start the same command again")
         if now - told > 30:
             told = now
@@ -2559,6 +2613,8 @@ def make_output(plan: Plan, out: Path, side: SideFiles, device: torch.device, wo
             if len(done) < len(mine):
                 await_plan(out, digest_of(plan), ranks.rank)
         else:
+            if ranks.count > 1 and not dry_run:
+                (out / RANKS_NAME).unlink(missing_ok=True)  # of a job that was killed
             state = inspect_output(plan, out, side, workers)
             tell_state(state, plan, out, workers, record)
             done = state.done
@@ -2690,12 +2746,12 @@ def cli(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--input-fp8-hf-path", required=True, metavar="IN", dest="fp8_path", help="the checkpoint")
     add("--output-bf16-hf-path", required=True, metavar="OUT", dest="bf16_path",
-        help="a new folder, or one of an earlier run, which goes on")
+        help="a new folder, or that of an earlier run to continue")
     add("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     add("--workers", type=int, metavar="N", help="threads (default: 2 per core, 4 to 16)")
     add("--missing-scale", choices=MISSING_SCALE, default="keep",
         help="FP8 weights without a scale: keep them FP8 (default), cast with scale 1, or refuse")
-    add("--dry-run", action="store_true", help="print what would be done and what it takes")
+    add("--dry-run", action="store_true", help="print the plan and the space it needs")
     add("--verify", action="store_true", help="compare an existing output with the input")
     add("--report", metavar="FILE", help="write a JSON record of it all")
     options = parser.parse_args(arguments)

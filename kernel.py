@@ -52,7 +52,7 @@ class NumberFormat:
         return 8 // (1 + self.exponent_bits + self.mantissa_bits)
 
     def too_small(self, exponent_bits: int) -> float:
-        """Return by what a code's bits are too small in a float with this many exponent bits."""
+        """Return the factor that a code's bits lack as a float with this many exponent bits."""
         return 2.0 ** (2 ** (exponent_bits - 1) - 2 ** (self.exponent_bits - 1))
 
     @functools.cached_property
@@ -69,7 +69,7 @@ class NumberFormat:
         return {"EXPONENT_BITS": self.exponent_bits, "CODES_PER_BYTE": self.codes_per_byte,
                 "SHIFT": shift, "MASK": mask, "NONFINITE": self.nonfinite, "LIMIT": limit,
                 "RESCALE": rescale,
-                "FLIP": self.offset * 0x11}  # An integer less its offset is its upper bit flipped.
+                "FLIP": self.offset * 0x11}  # Subtracting 8 is flipping the top bit.
 
     @functools.cached_property
     def values(self) -> torch.Tensor:
@@ -212,7 +212,7 @@ def dequantize(
     scales; on the CPU only.
 
     Returns the numbers of NaN and of infinities in out: two integers in a tensor on that device,
-    which need not be done yet.
+    whose computation may not have finished.
     """
     if not out.numel():
         return torch.zeros(2, dtype=torch.int64, device=out.device)
@@ -221,7 +221,7 @@ def dequantize(
 
 
 def _dequantize_cpu(codes, scales, out, fmt, grid, row, col, divide) -> torch.Tensor:
-    # A comparison with NaN is false. Only where all is finite may the scales take the power over.
+    # NaN fails these comparisons. Scales may absorb the power of two only if all is finite.
     finite = not divide and all(abs(end.item()) < MAX_SCALE for end in scales.aminmax())
     finite = finite and (fmt.nonfinite == NEVER or _largest_magnitude(codes) < fmt.nonfinite)
     values, rescale = _decode(codes, fmt)
@@ -248,8 +248,8 @@ def _largest_magnitude(codes: torch.Tensor) -> int:
 
 
 def _scratch(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Return memory that the next call of this thread uses again: the system takes longer to hand
-    out new pages than the arithmetic takes to fill them.
+    """Return memory that later calls in this thread reuse: the system takes longer to provide new
+    pages than the arithmetic takes to fill them.
     """
     views, memory = vars(SCRATCH).setdefault(name, ({}, []))
     if (shape, dtype) not in views:
@@ -268,15 +268,15 @@ def _decode(codes: torch.Tensor, fmt: NumberFormat) -> tuple[torch.Tensor, float
     values: float32 or BF16 bits would make subnormal numbers of subnormal codes, of which the
     product with a scale takes an Intel core ten times as long. E4M3's NaN becomes a finite number.
 
-    Each call of torch's gives up Python's lock, for which the threads of many cores then queue: so
-    the calls are few, and the views of scratch are kept.
+    Each torch call releases Python's lock, and with many cores the threads queue to get it back. So
+    there are few calls, and the views of scratch are kept.
     """
     M, N = shape = (*codes.shape,)
     values = _scratch("values", (M, N * fmt.codes_per_byte), torch.float32)
     if fmt.codes_per_byte == 1 and not fmt.exponent_bits:
         return values.copy_(codes.view(torch.int8)), 1.0
     if fmt.codes_per_byte == 1:
-        # int8 widens with its sign, which so arrives at the top; * is faster than torch's <<
+        # Widening int8 extends its sign to the top bit; * is faster than torch's <<.
         bits = _scratch("bits", shape, torch.int16).copy_(codes.view(torch.int8))
         bits *= 1 << 10 - fmt.mantissa_bits
         if fmt.exponent_bits < 5:

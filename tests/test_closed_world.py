@@ -548,8 +548,8 @@ LAYOUTS = [  # what it is, its tensors and config, and one of the words that the
     # Disty0/sdnq src/sdnq/dequantizer.py
     ("SDNQ FP8 with SVD",
      at("l", weight=CODES, scale=rand(4, 1), svd_up=rand(4, 2), svd_down=rand(2, 8)),
-     method("sdnq"), "l.svd_"),
-    ("SDNQ INT8", at("l", weight=INTEGERS, scale=rand(4, 1)), method("sdnq"), "l.weight"),
+     method("sdnq"), "sdnq"),
+    ("SDNQ INT8", at("l", weight=INTEGERS, scale=rand(4, 1)), method("sdnq"), "sdnq"),
     # A fork of compressed-tensors with a MixFP4PackedCompressor; the second name is the older
     *[(form, KNOWN["NVFP4 of compressed-tensors"][0], groups(form, num_bits=4, type="float"),
        f"{form}|l.weight_packed")
@@ -649,3 +649,68 @@ def test_mxfp4_of_quark_is_converted_where_its_config_says_so(tmp_path):
     expected = {"l.weight": dequantized(fp4_values(BYTES), powers(scale), (1, 32))}
     config = quark(dtype="fp4", scale_format="e8m0", **QUARK_GROUP)
     convert(tmp_path, at("l", weight=BYTES, weight_scale=scale), expected, config)
+
+
+FOUND = [  # Layouts that came out wrong or half converted when others attacked the rules.
+    ("hadamard of auto-round",
+     {"l.weight_packed": packed(64, 32), "l.weight_scale": exponents(64, 2)},
+     method("auto-round", data_type="mx_fp", hadamard_config={"block_size": 32}), "hadamard"),
+    ("rotation of Quark", {"l.weight": packed(64, 64), "l.weight_scale": exponents(64, 4)},
+     method("quark", algo_config=[{"name": "rotation", "r4": True}]), "r4"),
+    ("INT4 of torchao as INT8", {"l._weight_qdata": every_code(1024, 64, torch.int8),
+                                 "l._weight_scale": rand(16, 64)}, method("torchao"), "l._w"),
+    ("INT8 in groups of rows", {"l.weight": every_code(128, 128, torch.int8),
+                                "l.weight_scale": rand(4, 128)}, method("compressed-tensors"),
+     "l.weight"),
+    ("lmdeploy in blocks", {"l.weight": every_code(128, 128, torch.int8), "l.scale": rand(2, 2)},
+     method("smooth_quant"), "l.weight"),
+    ("nunchaku INT4", {"l.qweight": packed(64, 64), "l.wscales": rand(2, 64)}, None, "l.qweight"),
+    ("nunchaku FP4", {"l.qweight": packed(64, 64), "l.wscales": finite_codes(8, 64)}, None, "l.q"),
+    ("SqueezeLLM", {"l.qweight": packed(4, 256).view(torch.int32), "l.lookup_table": rand(64, 16)},
+     None, "l.qweight"),
+    ("TensorRT-LLM INT8", {"l.weight": packed(64, 64), "l.per_channel_scale": rand(64)}, None,
+     "l.weight"),
+    ("AQLM beside FP8", {"l.codes": packed(64, 8).to(torch.int16), "m.weight": finite_codes(4, 4),
+                         "m.weight_scale": rand(1)}, method("aqlm"), "l.codes"),
+    ("FP8 with a scale of another name",
+     {"l.weight": finite_codes(4, 4), "l.fp8_scale": rand(4, 1)}, None, "l.fp8_scale"),
+    ("FP8 with a scale of another kind", {"l.weight": finite_codes(4, 4),
+                                          "l.weight_scale_row": rand(4, 1)}, None, "l.weight"),
+    ("flat bytes", {"l.weight": packed(64, 1).view(-1), "l.weight.absmax": rand(1)}, None,
+     "l.weight"),
+]
+
+
+@pytest.mark.parametrize("layout", FOUND, ids=[layout[0] for layout in FOUND])
+def test_layout_that_once_slipped_through_is_refused(tmp_path, layout):
+    _, tensors, config, word = layout
+    assert word in refusal(tmp_path, tensors, config)
+
+
+def test_sidecar_config_names_a_method_as_well(tmp_path):
+    write_checkpoint(tmp_path / "in", {}, {}, index=False)
+    (tmp_path / "in/quantization_config.json").write_text('{"quant_method": "gptq"}')
+    assert_refused(tmp_path, {"l.weight": every_code(64, 64, torch.int8)}, "l.weight (I8)")
+
+
+def test_cache_scales_are_parameters_where_nothing_is_quantized(tmp_path):
+    tensors = {"a.k_scale": rand(), "a.q_scale": rand(64)}
+    convert(tmp_path / "plain", tensors, tensors)
+    tensors |= {"l.weight": finite_codes(4, 4), "l.weight_scale": rand(1)}
+    expected = {"a.q_scale": tensors["a.q_scale"]}  # 4096 / 64 heads are 64 long
+    scale = tensors["l.weight_scale"].view(1, 1)
+    expected["l.weight"] = dequantized(tensors["l.weight"], scale, (4, 4))
+    config = {"num_attention_heads": 64, "hidden_size": 4096}
+    convert(tmp_path / "fp8", tensors, expected, config)
+
+
+def test_tables_are_copied_whatever_the_method(tmp_path):
+    tables = {"attn.relative_position_index": torch.arange(64, dtype=torch.int32).view(8, 8)}
+    convert(tmp_path, tables, tables, method("compressed-tensors"))
+
+
+def test_blocks_of_modelopt_stand_beside_groups_that_the_config_names(tmp_path):
+    codes, scale = finite_codes(256, 256), rand(2, 1, 2, 1)
+    config = method("modelopt", config_groups={"group_0": {"weights": {"group_size": 16}}})
+    expected = {"b.weight": dequantized(codes, scale.view(2, 2))}
+    convert(tmp_path, {"b.weight": codes, "b.weight_scale": scale}, expected, config)

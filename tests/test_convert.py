@@ -388,11 +388,12 @@ def test_other_files_are_copied_and_weight_files_are_not(tmp_path):
     copied = ["tokenizer.json", "chat template.jinja", "modeling.py", "inference/deep/run.py", ".x"]
     left = ["pytorch_model.bin", "original/consolidated.pth", "q4.gguf", "quant_cfg.json"]
     left += [".git/config", ".cache/huggingface/download/x.lock", "inference/other.safetensors"]
-    left += ["quantization_config.json", "quanto_qmap.json", "quant_model_description_w8a8.json"]
+    left += ["quanto_qmap.json", "quant_model_description_w8a8.json"]
     for name in copied + left:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
-    (source / "hf_quant_config.json").write_text("{}")
+    for name in ("hf_quant_config.json", "quantization_config.json"):
+        (source / name).write_text("{}")
     main(source, tmp_path / "out")
     found = contents(tmp_path / "out")
     assert set(found) == {*copied, "model.safetensors", INDEX}
