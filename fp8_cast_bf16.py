@@ -530,7 +530,7 @@ class Quantization(NamedTuple):
 
     output: the name of the values; shape: theirs, in elements. scale: None for a weight that is
     cast as if its scale were 1. grid: which scale belongs to which element of the matrix in which
-    the weight begins at element `first`. packed_cols: codes per row of the weight on disk.
+    the weight begins at row first_row. packed_cols: codes per row of the weight on disk.
     """
 
     row: Format
@@ -540,7 +540,7 @@ class Quantization(NamedTuple):
     scale: Tensor | None
     grid: Grid
     global_scale: Tensor | None = None
-    first: int = 0
+    first_row: int = 0
     packed_cols: int = 0
 
 
@@ -803,7 +803,7 @@ def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
     row, head, stem, scale, factor = match
     number_format = row.number_format or NUMBER_FORMATS[weight.dtype]
     shape, packed_cols = shape_of(weight, match, number_format, checkpoint, evidence)
-    matrix, first = place_in_stack(weight, scale) if row.stacked else (shape, 0)
+    matrix, first_row = place_in_stack(weight, scale) if row.stacked else (shape, 0)
     grids, problem = grids_of(weight, row, matrix, scale.shape, evidence)
     experts = grids[0].rows // grids[0].slab_rows if grids else 0
     stacked = factor is None or fits_stack(factor, row, experts, shape)
@@ -818,7 +818,7 @@ def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
     wrapped = output == f"{head}weight" != weight.name and head.endswith("_weight.")
     if wrapped and "experts." in head:
         output = head[:-1]  # A parameter that was wrapped in a module of its name (Inkling).
-    return Quantization(row, number_format, output, shape, scale, grids[0], factor, first,
+    return Quantization(row, number_format, output, shape, scale, grids[0], factor, first_row,
                         packed_cols or grids[0].cols)
 
 
@@ -880,7 +880,7 @@ def place_in_stack(weight: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]
         raise CheckpointError(f"{weight.path}: {weight.name} is {list(weight.shape)}, and "
                               f"{scale.name} {list(scale.shape)} has no scales for it")
     first_row = (parts * int(expert) + (projection in ("up_proj", "w3"))) * rows
-    return (experts, parts * rows, cols), first_row * cols
+    return (experts, parts * rows, cols), first_row
 
 
 def fits_stack(factor: Tensor, row: Format, experts: int, shape: tuple[int, ...]) -> bool:
@@ -1391,30 +1391,6 @@ def shards_of_rank(shards: list[Shard], rank: int, ranks: int) -> list[Shard]:
     return mine
 
 
-def digest_of(plan: Plan) -> str:
-    """Return 16 hex digits that ranks have in common if their plans are the same."""
-    parts = [(step.output, step.source.path.name, step.source.start, describe(step.quantization))
-             for step in plan.steps]
-    parts += [shard.header for shard in plan.shards]
-    worker = Worker(torch.device("cpu"), 0)
-    for shard in plan.shards:  # A page of each: another checkpoint may have the same headers.
-        source = max((step.source for step in shard.steps), key=lambda t: t.stop - t.start)
-        page = torch.empty(min(PAGE, source.stop - source.start), dtype=torch.uint8)
-        parts.append(bytes(as_bytes(worker.read(source.path, source.start, page))))
-    worker.close()
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def describe(quantization: Quantization | None) -> tuple:
-    """Return everything that decides how codes become values, but for the tensors themselves."""
-    if quantization is None:
-        return ()
-    row, number_format, output, shape, scale, grid, factor, first, packed_cols = quantization
-    operations = row.title, row.divides, row.inverse
-    names = [tensor and (tensor.name, tensor.dtype, tensor.shape) for tensor in (scale, factor)]
-    return (*operations, number_format, output, shape, grid, first, packed_cols, *names)
-
-
 # --- render: the bytes [start, stop) of one planned shard ---
 
 PAGE = 4096  # The alignment that direct I/O asks of offsets, lengths and memory.
@@ -1557,8 +1533,7 @@ def render(shard: Shard, header: bytes, start: int, stop: int, worker: Worker) -
 def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
     """Fill `out`, bfloat16, with the elements [start, stop) of a weight."""
     quantization = step.quantization
-    grid, at = quantization.grid, 0
-    first_row = quantization.first // max(1, grid.cols)
+    grid, at, first_row = quantization.grid, 0, quantization.first_row
     limit = kernel.MAX_PIECE if worker.stream is None else len(worker.out) // 2
     for row, col, M, N in pieces(start, stop, grid.cols, limit):
         codes = read_codes(step, row, col, M, N, worker)
@@ -1611,8 +1586,6 @@ def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
         return torch.ones(1, 1)
     top, bottom, left, right = region
     rows, cols = grid.scale_shape
-    if bottom - top > 1:  # whole rows of scales stand together
-        left, right = 0, cols
     count = (bottom - top) * (right - left)
     scales = read_elements(scale, top * cols + left, count, worker)
     if scale.dtype == "F8_E4M3" and (scales < 0).any():
@@ -1792,6 +1765,16 @@ def sources_of(step: Step) -> list[Tensor]:
     return [tensor for tensor in (step.source, *scales) if tensor]
 
 
+def describe(quantization: Quantization | None) -> tuple:
+    """Return everything that decides how codes become values, but for the tensors themselves."""
+    if quantization is None:
+        return ()
+    row, number_format, output, shape, scale, grid, factor, first_row, packed_cols = quantization
+    operations = row.title, row.divides, row.inverse
+    names = [tensor and (tensor.name, tensor.dtype, tensor.shape) for tensor in (scale, factor)]
+    return (*operations, number_format, output, shape, grid, first_row, packed_cols, *names)
+
+
 def fingerprint_of(shard: Shard, worker: Worker) -> str:
     """Return 16 hex digits that tell an input shard from others with the same header.
 
@@ -1879,8 +1862,8 @@ def sample(step: Step, worker: Worker) -> tuple[float, bool]:
     start = (total - count) // 2
     start -= start % cols if cols <= count else 0  # so that the piece is of whole rows
     row, col, M, N = next(pieces(start, start + count, cols, count))
-    first_row = reading.first // reading.grid.cols
-    scales = read_scales(reading, reading.grid.scale_region(first_row + row, col, M, N), worker)
+    region = reading.grid.scale_region(reading.first_row + row, col, M, N)
+    scales = read_scales(reading, region, worker)
     out = torch.empty(M * N, dtype=torch.bfloat16)
     begin = row * reading.grid.cols + col
     render_weight(step, begin, begin + M * N, out, worker)
@@ -1994,7 +1977,7 @@ def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) ->
     values = values.as_strided((M, N), (reading.packed_cols, 1))
     if reading.scale is None:
         return values.bfloat16()
-    rows = torch.arange(row, row + M) + reading.first // grid.cols
+    rows = torch.arange(row, row + M) + reading.first_row
     slabs = rows // grid.slab_rows
     rows = rows % grid.slab_rows // grid.block_rows
     rows += slabs * ceil_div(grid.slab_rows, grid.block_rows)
@@ -2327,6 +2310,20 @@ def find_ranks() -> Ranks:
     if "TORCHELASTIC_RUN_ID" not in environment or not all(map(str.isdecimal, numbers)):
         return Ranks()
     return Ranks(*map(int, numbers))
+
+
+def digest_of(plan: Plan) -> str:
+    """Return 16 hex digits that ranks have in common if their inputs and plans are the same.
+
+    Headers alone would not do: DeepSeek-V3's and R1's are the same.
+    """
+    worker = Worker(torch.device("cpu"), 0)
+    largest = max(plan.shards, key=lambda shard: shard.size)
+    parts = [fingerprint_of(largest, worker)]
+    worker.close()
+    parts += [(shard.header, [describe(step.quantization) for step in shard.steps])
+              for shard in plan.shards]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def await_plan(out: Path, digest: str, rank: int) -> None:

@@ -447,7 +447,8 @@ def test_gpu_and_cpu_write_the_same_bytes_for_fp4_and_second_scales(tmp_path, mo
         codes, scale, _ = nvfp4(torch.tensor(613.0), divide=False)
         tensors |= {f"{name}.{name}": codes, f"{name}.weight_scale": scale}
         tensors[f"{name}.{second}"] = torch.tensor(613.0)
-    write_checkpoint(tmp_path / "in", {"model.safetensors": tensors})
+    config = {"parts": [method(name) for name in ("fp8", "modelopt", "compressed-tensors")]}
+    write_checkpoint(tmp_path / "in", {"model.safetensors": tensors}, config)
     for window in (16 << 20, 4096):
         monkeypatch.setattr("fp8_cast_bf16.WINDOW", window)
         for device in ("cpu", "cuda"):
