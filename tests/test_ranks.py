@@ -441,6 +441,7 @@ def test_a_rank_that_begins_before_rank_0_has_cleaned_up_keeps_its_files(folder,
         return inspect(*operands)
 
     inspect = f.inspect_output
+    quick.setattr(f, "STALLED", 20)
     quick.setattr(f, "render", slow)
     quick.setattr(f, "inspect_output", after_others)
     threading.Timer(3, begun.set).start()  # if the others rightly wait
