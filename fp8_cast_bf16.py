@@ -1983,7 +1983,7 @@ def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) ->
     rows += slabs * ceil_div(grid.slab_rows, grid.block_rows)
     cols = torch.arange(col, col + N) // grid.block_cols
     scales = reference_scales(reading, rows[0].item(), rows[-1].item() + 1, worker)
-    scales = scales[(rows - rows[0])[:, None], cols]
+    scales = scales[rows - rows[0]].index_select(1, cols)
     return (values / scales if reading.row.inverse else values * scales).bfloat16()
 
 
