@@ -1157,8 +1157,7 @@ def judge_rest(checkpoint: Checkpoint, evidence: Evidence, weights: dict[str, Qu
     rest = [tensor for name, tensor in checkpoint.tensors.items()
             if name not in weights and name not in dropped]
     rest.sort(key=lambda tensor: is_scale(tensor.leaf))  # An error is to name the weight.
-    names = sorted(checkpoint.tensors)
-    missing, orphans = [], []
+    names, missing = sorted(checkpoint.tensors), []
     strange = bool(evidence.methods - {"fp8", ""})
     unknown_method = bool(evidence.methods - KNOWN_METHODS)
     for tensor in rest:
@@ -1187,7 +1186,15 @@ def judge_rest(checkpoint: Checkpoint, evidence: Evidence, weights: dict[str, Qu
                 raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}, but named "
                                       "like what serves a quantized weight, and there is none")
             missing.append(tensor)
-    without = sorted(tensor.name for tensor in missing)
+    return missing, find_orphans(rest, missing)
+
+
+def find_orphans(rest: list[Tensor], missing: list[Tensor]) -> list[Tensor]:
+    """Return the scales of no weight that no model has as a parameter.
+
+    Raises CheckpointError for one in whose module FP8 weights have no scale: it must be theirs.
+    """
+    orphans, without = [], sorted(tensor.name for tensor in missing)
     for tensor in rest:
         if tensor.dtype in F8 or not fully(ORPHAN_LEAF, tensor.leaf):
             continue
@@ -1199,7 +1206,7 @@ def judge_rest(checkpoint: Checkpoint, evidence: Evidence, weights: dict[str, Qu
                                   "so; dequantize this checkpoint with the tool that made it")
         if tensor.leaf.endswith(DROPPED_ORPHANS):
             orphans.append(tensor)
-    return missing, orphans
+    return orphans
 
 
 def find_partner(weight: Tensor, names: list[str], dropped: dict[str, Tensor]) -> str | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-BF16_INFINITY, BF16_NAN = 0x7F80, 0x7FC0
+BF16_NAN = 0x7FC0
 # Elements of a piece on the CPU, for which a thread keeps 6 bytes of scratch each.
 MAX_PIECE = 1 << 20
 MAX_SCALE = 2.0**100  # On the CPU no product with a smaller scale overflows.
