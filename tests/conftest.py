@@ -1,7 +1,43 @@
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+
+from checkpoints import CONFIG, several_kinds, write_checkpoint
+from fp8_cast_bf16 import main
 
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A checkpoint of two shards, with a config and a file beside them."""
+    folder = write_checkpoint(tmp_path / "in", several_kinds()[0], CONFIG)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def out(source, tmp_path):
+    """The output of a whole conversion."""
+    main(source, tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def folder():
+    """A folder with an empty `in`; its path is short, because the names of sockets must be."""
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "in").mkdir()
+        yield Path(name)
+
+
+@pytest.fixture
+def secret(folder):
+    """A file beside the checkpoint, which must not get into the output."""
+    (folder / "secret").write_text('{"token": "abc"}')
+    return folder / "secret"

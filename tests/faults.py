@@ -28,7 +28,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 
 import fp8_cast_bf16  # noqa: E402
-from checkpoints import CONFIG, INDEX, contents, several_kinds, write_checkpoint  # noqa: E402
+from checkpoints import (  # noqa: E402
+    CONFIG,
+    INDEX,
+    arguments,
+    contents,
+    several_kinds,
+    write_checkpoint,
+)
 
 KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "short": None, "death": None}
 FUNCTIONS = ["open", "fsync", "replace", "unlink", "mkdir", "rmdir", "rename", "link"]
@@ -99,8 +106,8 @@ def run(source: Path, out: Path, log: Path, layer: Layer | None = None, workers:
         fp8_cast_bf16.WINDOW = WINDOW
         if layer:
             layer.install()
-        folders = ["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(out)]
-        status = fp8_cast_bf16.cli([*folders, "--device", "cpu", "--workers", str(workers)])
+        options = ["--device", "cpu", "--workers", str(workers)]
+        status = fp8_cast_bf16.cli(arguments(source, *options, out=out))
         if layer and layer.kind is None:
             os.write(1, f"\ncalls {len(layer.calls)}".encode())
     finally:

@@ -2,7 +2,6 @@
 the run before anything is written, and parameters and tables are copied.
 """
 
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -31,6 +30,7 @@ from checkpoints import (
     powers,
     rand,
     write_checkpoint,
+    write_json,
 )
 from fp8_cast_bf16 import CheckpointError, main
 
@@ -48,15 +48,6 @@ def groups(form, **weights):
 
 def quark(**weight):
     return method("quark", global_quant_config={"weight": weight}, export={}, exclude=[])
-
-
-def refusal(tmp_path, tensors, config=None, name="model.safetensors", **options):
-    """Return the message of a refusal before which nothing was written."""
-    write_checkpoint(tmp_path / "in", {name: tensors}, config, index=False)
-    with pytest.raises(CheckpointError) as caught:
-        main(tmp_path / "in", tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
-    return str(caught.value)
 
 
 def at(prefix, **leaves):
@@ -124,7 +115,8 @@ def test_fp8_with_a_scale_is_known_whatever_the_config_says(tmp_path, name):
 def test_fp8_yields_to_a_key_that_says_the_contrary_in_unknown_words(tmp_path, semantics):
     # ModelCloud/GPTQModel, quantize_fp8_weight: the only semantics it writes is "inverse".
     config = method("fp8", weight_scale_semantics=semantics)
-    assert re.search(r"weight_scale_semantics|o\.weight", refusal(tmp_path, FP8_WEIGHT, config))
+    message = assert_refused(tmp_path, FP8_WEIGHT, config=config)
+    assert re.search(r"weight_scale_semantics|o\.weight", message)
 
 
 def test_bytes_with_a_scale_inv_are_e4m3_only_without_a_method(tmp_path):
@@ -146,11 +138,6 @@ def test_packed_experts_of_deepseek_v4_are_a_format_of_the_method_fp8(tmp_path):
         assert_refused(tmp_path / name, tensors, "w1.weight", config=config)
 
 
-def put(folder, name, content):
-    folder.mkdir()
-    (folder / name).write_text(json.dumps(content))
-
-
 @pytest.mark.parametrize(
     "place",
     [
@@ -168,7 +155,7 @@ def test_method_may_stand_in_any_of_its_places(tmp_path, place):
     config = KNOWN["NVFP4 of compressed-tensors"][1]["quantization_config"]
     for key in reversed(place[1:]):
         config = {key: config}
-    put(tmp_path / "in", place[0], config)
+    write_json(tmp_path / "in" / place[0], config)
     convert(tmp_path, tensors, {"l.weight": values})
 
 
@@ -179,7 +166,7 @@ def test_hf_quant_config_stands_for_modelopt_whoever_produced_it(tmp_path, produ
     tensors = {"l.weight": codes, "l.weight_scale": scale, "l.weight_scale_2": second}
     quantization = {"quant_algo": "NVFP4", "group_size": 16}
     sidecar = {"producer": {"name": producer}, "quantization": quantization}
-    put(tmp_path / "in", "hf_quant_config.json", sidecar)
+    write_json(tmp_path / "in/hf_quant_config.json", sidecar)
     convert(tmp_path, tensors, {"l.weight": values})
 
 
@@ -197,7 +184,7 @@ def test_two_files_may_name_a_method_each(tmp_path):
     mxfp4 = fp4_values(mxfp4.view(torch.uint8))
     expected["mtp.w1.weight"] = dequantized(mxfp4, powers(raw), (1, 32))
     sidecar = {"quantization": {"quant_algo": "MIXED_PRECISION"}}
-    put(tmp_path / "in", "hf_quant_config.json", sidecar)
+    write_json(tmp_path / "in/hf_quant_config.json", sidecar)
     convert(tmp_path, tensors, expected, CONFIG)
 
 
@@ -319,7 +306,7 @@ def test_any_unknown_tensor_in_the_module_of_any_known_format_is_refused(kind, l
     tensors, config = KNOWN[kind]
     with tempfile.TemporaryDirectory() as folder:
         stranger = torch.ones(4).to(dtype)
-        message = refusal(Path(folder), {**tensors, f"l.{leaf}": stranger}, config)
+        message = assert_refused(Path(folder), {**tensors, f"l.{leaf}": stranger}, config=config)
     assert f"l.{leaf}" in message
 
 
@@ -398,7 +385,7 @@ def test_bytes_without_a_partner_or_a_method_are_copied(tmp_path, config):
 )
 def test_scale_of_no_weight_above_fp8_without_a_scale_is_refused(tmp_path, leaf, option):
     tensors = {"m.0.up.weight": finite_codes(4, 8), f"m.{leaf}": rand(3, 3)}
-    assert f"m.{leaf}" in refusal(tmp_path, tensors, missing_scale=option)
+    assert f"m.{leaf}" in assert_refused(tmp_path, tensors, missing_scale=option)
 
 
 @pytest.mark.parametrize("leaf", ["scale", "logit_scale", "layer_scale"])
@@ -434,7 +421,7 @@ def test_exponents_that_are_no_known_scale_are_refused(tmp_path, name):
 )
 def test_fp8_weight_with_a_partner_of_no_known_format_is_refused(tmp_path, leaf, option):
     tensors = {"l.weight": finite_codes(4, 8), f"l.{leaf}": rand(4, 1)}
-    assert f"l.{leaf}" in refusal(tmp_path, tensors, missing_scale=option)
+    assert f"l.{leaf}" in assert_refused(tmp_path, tensors, missing_scale=option)
 
 
 def test_plain_casts_of_parameters_named_like_scales_are_cast(tmp_path):
@@ -634,14 +621,14 @@ LAYOUTS = [  # what it is, its tensors and config, and one of the words that the
 @pytest.mark.parametrize("layout", LAYOUTS, ids=[layout[0] for layout in LAYOUTS])
 def test_published_layout_that_no_format_describes_is_refused(tmp_path, layout):
     _, tensors, config, words = layout
-    message = refusal(tmp_path, tensors, config)
+    message = assert_refused(tmp_path, tensors, config=config)
     assert any(word in message for word in words.split("|")), message
 
 
 def test_state_that_a_rank_of_vllm_saved_is_refused(tmp_path):
     # vllm-project/vllm model_loader/sharded_state_loader.py, DEFAULT_PATTERN
     name = "model-rank-0-part-0.safetensors"
-    assert name in refusal(tmp_path, {"l.weight": rand(4, 4)}, name=name)
+    assert name in assert_refused(tmp_path, {"l.weight": rand(4, 4)}, name=name)
 
 
 def test_mxfp4_of_quark_is_converted_where_its_config_says_so(tmp_path):
@@ -684,7 +671,7 @@ FOUND = [  # Layouts that came out wrong or half converted when others attacked 
 @pytest.mark.parametrize("layout", FOUND, ids=[layout[0] for layout in FOUND])
 def test_layout_that_once_slipped_through_is_refused(tmp_path, layout):
     _, tensors, config, word = layout
-    assert word in refusal(tmp_path, tensors, config)
+    assert word in assert_refused(tmp_path, tensors, config=config)
 
 
 def test_sidecar_config_names_a_method_as_well(tmp_path):

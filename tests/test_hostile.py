@@ -6,7 +6,6 @@ and nothing written. FP8_CASES in the environment sets how many cases each prope
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,16 +17,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from checkpoints import CONFIG, INDEX, contents, finite_codes, write_checkpoint
+from checkpoints import (
+    CONFIG,
+    INDEX,
+    PEAK,
+    ROOT,
+    SHARD,
+    TENSORS,
+    arguments,
+    contents,
+    finite_codes,
+    peak_memory,
+    shard_of,
+    write_checkpoint,
+    write_raw,
+)
 from fp8_cast_bf16 import cli
 
-ROOT = Path(__file__).parent.parent
-SHARD = "model.safetensors"
-# In kilobytes, and not ru_maxrss, which begins with the memory of the process that started this.
-PEAK = (
-    "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); "
-    "before = peak(); "
-)
 cases = settings(
     max_examples=int(os.environ.get("FP8_CASES", 60)),
     deadline=None,
@@ -35,9 +41,7 @@ cases = settings(
     database=None,
     derandomize="FP8_CASES" not in os.environ,
 )
-
 # --- strategies ---
-
 integers = st.one_of(
     st.integers(-3, 70), st.sampled_from([2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30])
 )
@@ -110,12 +114,10 @@ def spoil(draw, text: bytes) -> bytes:
 
 
 # --- the property ---
-
-
-def outcome(folder: Path, capsys, *more: str) -> int:
+def outcome(folder: Path, capsys) -> int:
     """Convert; check all that holds for any input, and return the exit status."""
     before, out = contents(folder / "in"), folder / "out"
-    options = ["--input-fp8-hf-path", str(folder / "in"), "--output-bf16-hf-path", str(out), *more]
+    options = arguments(folder / "in")
     capsys.readouterr()
     status = cli([*options, "--device", "cpu", "--workers", "2"])
     printed = capsys.readouterr()
@@ -137,13 +139,6 @@ def outcome(folder: Path, capsys, *more: str) -> int:
     return status
 
 
-@pytest.fixture
-def folder():
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / "in").mkdir()
-        yield Path(name)
-
-
 def new_folder():
     folder = tempfile.TemporaryDirectory()
     (Path(folder.name) / "in").mkdir()
@@ -161,15 +156,6 @@ def test_headers(data, capsys):
         body = text + bytes(draw(st.one_of(st.just(size), st.just(size), st.integers(0, 99))))
         (Path(name) / "in" / SHARD).write_bytes(length.to_bytes(8, "little") + body)
         outcome(Path(name), capsys)
-
-
-TENSORS = {  # Plausible weights, about which nothing is warned.
-    "w.weight": finite_codes(130, 40),
-    "w.weight_scale_inv": torch.full((2, 1), 0.001),
-    "v.weight": finite_codes(9, 64),
-    "v.weight_scale": torch.full((9, 1), 0.001),
-    "norm": torch.ones(3),
-}
 
 
 @given(data=st.data())
@@ -207,13 +193,6 @@ def test_configs(data, capsys):
         for file in draw(st.sets(st.sampled_from(CONFIGS), min_size=1)):
             (source / file).write_bytes(spoil(draw, quoted(config)))
         outcome(Path(name), capsys)
-
-
-# --- single cases ---
-
-
-def shard_of(header: bytes, size: int = 0, length: int | None = None) -> bytes:
-    return (len(header) if length is None else length).to_bytes(8, "little") + header + bytes(size)
 
 
 ONE_BYTE = b'"data_offsets":[0,1]'
@@ -269,76 +248,15 @@ def test_a_config_of_a_gigabyte_is_refused_unread(folder, name):
         file.truncate(10**9)
     limit = 6 << 30  # of address space, of which torch and its threads take most
     code = (
-        f"import resource, sys, fp8_cast_bf16; {PEAK}"
+        f"import resource, sys, fp8_cast_bf16; {PEAK}before = peak(); "
         f"resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit})); "
         f"assert fp8_cast_bf16.cli(sys.argv[1:]) == 1; assert peak() - before < 50_000"
     )
-    options = ["--input-fp8-hf-path", folder / "in", "--output-bf16-hf-path", folder / "out"]
-    command = [sys.executable, "-c", code, *options]
+    command = [sys.executable, "-c", code, *arguments(folder / "in")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith(f"error: {folder / 'in' / name}: has 1000000000 bytes")
     assert not (folder / "out").exists()
-
-
-def special_file(path: Path, kind: str, secret: Path) -> None:
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(path))
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to(secret if kind == "link" else os.path.relpath(secret, path.parent))
-
-
-KINDS = ["pipe", "socket", "device", "link", "relative link"]
-
-
-@pytest.fixture
-def secret(folder):
-    (folder / "secret").write_text('{"token": "abc"}')
-    return folder / "secret"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_file_of_the_checkpoint_is_left_out(folder, secret, capsys, kind):
-    write_checkpoint(folder / "in", {SHARD: TENSORS})
-    (folder / "in/sub").mkdir()
-    (folder / "in/sub/fine.txt").write_text("fine")
-    special_file(folder / "in/notes.txt", kind, secret)
-    special_file(folder / "in/sub/n.json", kind, secret)
-    (folder / "in/linked").symlink_to(folder)
-    options = ["--input-fp8-hf-path", str(folder / "in"), "--output-bf16-hf-path"]
-    assert cli([*options, str(folder / "out")]) == 0
-    assert {*contents(folder / "out")} == {SHARD, INDEX, "sub/fine.txt"}
-    printed = capsys.readouterr().out
-    named = "Not copied (other weights, or not regular files): linked, notes.txt, sub/n.json\n"
-    assert named in printed
-    assert not [data for data in contents(folder / "out").values() if b"abc" in data]
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "folder"])
-@pytest.mark.parametrize("name", ["config.json", "params.json", "hf_quant_config.json", INDEX])
-def test_a_config_that_is_no_file_of_the_checkpoint_is_refused(folder, secret, capsys, name, kind):
-    write_checkpoint(folder / "in", {SHARD: TENSORS}, index=False)
-    special_file(folder / "in" / name, kind, secret)
-    options = ["--input-fp8-hf-path", str(folder / "in"), "--output-bf16-hf-path"]
-    assert cli([*options, str(folder / "out")]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {folder / 'in' / name}: is no file of the checkpoint itself")
-    assert not (folder / "out").exists()
-
-
-@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
-def test_a_shard_that_is_no_file_is_refused(folder, secret, capsys, kind):
-    special_file(folder / "in" / SHARD, kind, secret)
-    options = ["--input-fp8-hf-path", str(folder / "in"), "--output-bf16-hf-path"]
-    assert cli([*options, str(folder / "out")]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {folder / 'in' / SHARD}: no such file")
 
 
 def test_names_like_paths_stay_names(folder, capsys):
@@ -363,75 +281,27 @@ def test_index_entries_with_paths_are_refused(folder, capsys, name):
 
 def test_a_hundred_thousand_tiny_tensors_are_converted_in_bounded_memory(folder):
     count = 50_000
-    scale = b'{"dtype":"F32","shape":[1,1],"data_offsets":[%d,%d]}'
-    entries = [b'"%d.weight_scale_inv":' % i + scale % (4 * i, 4 * i + 4) for i in range(count)]
-    weight = b'{"dtype":"F8_E4M3","shape":[1,1],"data_offsets":[%d,%d]}'
-    entries += [b'"%d.weight":' % i + weight % (5 * count - count + i, 4 * count + i + 1)
-                for i in range(count)]
-    (folder / "in" / SHARD).write_bytes(shard_of(b"{" + b",".join(entries) + b"}", 5 * count))
-    code = (
-        f"import sys, fp8_cast_bf16; {PEAK}"
-        "assert fp8_cast_bf16.cli(sys.argv[1:]) == 0; print(peak() - before)"
-    )
-    options = ["--input-fp8-hf-path", folder / "in", "--output-bf16-hf-path", folder / "out"]
-    command = [sys.executable, "-c", code, *options, "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 300_000  # kilobytes
+    tensors = {f"{i}.weight_scale_inv": ("F32", [1, 1]) for i in range(count)}
+    tensors |= {f"{i}.weight": ("F8_E4M3", [1, 1]) for i in range(count)}
+    write_raw(folder / "in" / SHARD, tensors)
+    before, peak = peak_memory(folder / "in")
+    assert peak - before < 300_000 * 1024
     with safe_open(folder / "out" / SHARD, framework="pt") as shard:
         assert len(shard.keys()) == count
 
 
 def test_a_fused_weight_of_many_rows_is_refused_in_bounded_time(folder, capsys):
     rows = 10**7
-    header = {
-        "qkv_proj.weight": {"dtype": "F8_E4M3", "shape": [rows, 1], "data_offsets": [0, rows]},
-        "qkv_proj.weight_scale_inv": {
-            "dtype": "F32", "shape": [11, 1], "data_offsets": [rows, rows + 44]
-        },
-    }
-    (folder / "in" / SHARD).write_bytes(shard_of(quoted(header), rows + 44))
+    tensors = {"qkv_proj.weight": ("F8_E4M3", [rows, 1])}
+    tensors["qkv_proj.weight_scale_inv"] = ("F32", [11, 1])
+    write_raw(folder / "in" / SHARD, tensors)
     assert outcome(folder, capsys) == 1
 
 
 def test_notes_and_zero_points_are_not_read_beyond_a_limit(folder, capsys):
     write_checkpoint(folder / "in", {SHARD: TENSORS}, index=False)
-    size = 17 << 20
-    header = {"w.comfy_quant": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}
-    text = quoted(header)
-    with open(folder / "in/b.safetensors", "wb") as file:
-        file.write(shard_of(text))
-        file.truncate(8 + len(text) + size)
+    write_raw(folder / "in/b.safetensors", {"w.comfy_quant": ("U8", [17 << 20])})
     assert outcome(folder, capsys) == 1
-
-
-def test_links_are_followed_into_the_blobs_of_a_hub_cache_only(folder, secret, capsys):
-    (folder / "blobs").mkdir()
-    secret.rename(folder / "blobs/secret")
-    source = write_checkpoint(folder / "snapshots/1/in", {SHARD: TENSORS})
-    (source / ".git").mkdir()
-    (source / ".git/config").write_text("token abc")
-    (source / "notes.txt").symlink_to(folder / "blobs/secret")
-    (source / "README.md").symlink_to(".git/config")
-    options = ["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(folder / "out")]
-    assert cli(options) == 0
-    assert {*contents(folder / "out")} == {SHARD, INDEX}
-    assert "README.md, notes.txt" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json.tmp", "quantization_config.json", f"{SHARD}.tmp", "x.safetensors", INDEX]
-)
-def test_folders_with_names_that_mean_something_are_left_out(folder, capsys, name):
-    write_checkpoint(folder / "in", {SHARD: TENSORS}, CONFIG, index=False)
-    (folder / "in/sub" / name).mkdir(parents=True)
-    if name not in (INDEX, "x.safetensors"):
-        (folder / "in" / name).mkdir()
-        (folder / "in" / name / "x").write_text("x")
-    options = ["--input-fp8-hf-path", str(folder / "in"), "--output-bf16-hf-path"]
-    for _ in range(2):
-        assert cli([*options, str(folder / "out")]) == 0
-        assert {*contents(folder / "out")} == {SHARD, "config.json"}
 
 
 def test_names_as_long_as_the_file_system_allows_are_kept(folder, capsys):
@@ -456,17 +326,13 @@ def test_descriptions_that_only_the_other_parser_knows_are_refused(folder, capsy
 
 def test_a_newline_in_a_name_hides_nothing_and_long_names_cost_no_time(folder, capsys):
     for name in ("a.weight\n", "_svdquant_lora_" * 60_000 + "\n"):
-        header = {name: {"dtype": "F8_E4M3FNUZ", "shape": [4], "data_offsets": [0, 4]}}
-        (folder / "in" / SHARD).write_bytes(shard_of(quoted(header), 4))
+        write_raw(folder / "in" / SHARD, {name: ("F8_E4M3FNUZ", [4])})
         assert outcome(folder, capsys) == 1
 
 
 def test_outputs_that_no_header_can_describe_are_refused(folder, capsys):
-    header = {
-        "a.weight_packed": {"dtype": "U8", "shape": [0, 2**62], "data_offsets": [0, 0]},
-        "a.weight_scale": {"dtype": "F8_E8M0", "shape": [0, 2**58], "data_offsets": [0, 0]},
-    }
-    (folder / "in" / SHARD).write_bytes(shard_of(quoted(header)))
+    tensors = {"a.weight_packed": ("U8", [0, 2**62]), "a.weight_scale": ("F8_E8M0", [0, 2**58])}
+    write_raw(folder / "in" / SHARD, tensors)
     assert outcome(folder, capsys) == 1
 
 
@@ -478,21 +344,6 @@ def test_a_thousand_block_sizes_are_refused(folder, capsys):
 
 @pytest.mark.parametrize("shape", [[2, 1 << 26], [1 << 26, 1]])
 def test_as_many_scales_as_elements_take_bounded_memory(folder, shape):
-    count = shape[0] * shape[1]
-    header = {
-        "w": {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [0, count]},
-        "w_scale": {"dtype": "F32", "shape": shape, "data_offsets": [count, 5 * count]},
-    }
-    text = quoted(header)
-    with open(folder / "in" / SHARD, "wb") as file:
-        file.write(shard_of(text))
-        file.truncate(8 + len(text) + 5 * count)
-    code = (
-        f"import sys, fp8_cast_bf16; {PEAK}"
-        "assert fp8_cast_bf16.cli(sys.argv[1:]) == 0; print(peak() - before)"
-    )
-    options = ["--input-fp8-hf-path", folder / "in", "--output-bf16-hf-path", folder / "out"]
-    command = [sys.executable, "-c", code, *options, "--device", "cpu", "--workers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) < 200_000  # kilobytes
+    write_raw(folder / "in" / SHARD, {"w": ("F8_E4M3", shape), "w_scale": ("F32", shape)})
+    before, peak = peak_memory(folder / "in", "--workers", "2")
+    assert peak - before < 200_000 * 1024

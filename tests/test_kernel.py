@@ -1,3 +1,5 @@
+"""The arithmetic on the CPU: every code, every kind of scale, every cut, to the last bit."""
+
 import itertools
 
 import pytest
@@ -11,6 +13,7 @@ from checkpoints import (
     every_code,
     finite_codes,
     fp4_values,
+    nibbles,
     special_counts,
 )
 from kernel import FORMATS, Grid, ceil_div, dequantize, pieces, weight_dequant, widen_scales
@@ -26,9 +29,9 @@ def code_values(codes, number_format):
         return codes.view(DTYPES[number_format]).float()
     if number_format == "E2M1":
         return fp4_values(codes)
-    nibbles = torch.stack([codes & 0xF, codes >> 4], -1).flatten(-2).int()
-    signed = nibbles - 16 * (nibbles > 7)
-    return (signed if number_format == "INT4" else nibbles - 8).float()
+    halves = nibbles(codes)
+    signed = halves - 16 * (halves > 7)
+    return (signed if number_format == "INT4" else halves - 8).float()
 
 
 def any_bits(*shape, seed=1):

@@ -20,12 +20,22 @@ import pytest
 import torch
 
 import fp8_cast_bf16 as f
-from checkpoints import CONFIG, INDEX, ONE, TWO, contents, several_kinds, write_checkpoint
+from checkpoints import (
+    CONFIG,
+    INDEX,
+    ONE,
+    ROOT,
+    TWO,
+    arguments,
+    contents,
+    several_kinds,
+    write_checkpoint,
+)
 from fp8_cast_bf16 import CheckpointError, Ranks, cli, main
 from make_checkpoint import make_checkpoint
 
-ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+CPU = ["--device", "cpu", "--workers", "2"]
 RANKS = "fp8_cast_bf16.ranks"
 BUSY = "another run is writing there"
 SMALL = """
@@ -57,14 +67,9 @@ def script(folder: Path, disturb: str = "pass", instead: str = "") -> Path:
     return path
 
 
-def arguments(folder: Path) -> list[str]:
-    return ["--input-fp8-hf-path", str(folder / "in"), "--output-bf16-hf-path",
-            str(folder / "out"), "--device", "cpu", "--workers", "2"]
-
-
 def start(ranks: int, path: Path, *options: str, launcher=()) -> subprocess.Popen:
     command = [*TORCHRUN, "--nproc-per-node", str(ranks), *launcher, path]
-    return subprocess.Popen([*command, *arguments(path.parent), *options], text=True,
+    return subprocess.Popen([*command, *arguments(path.parent / "in", *CPU), *options], text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -223,7 +228,7 @@ def agents(path: Path, hosts: list[tuple[list[str], str]]) -> list[subprocess.Po
         command = [*prefix, *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend"]
         command += ["c10d", "--rdzv-endpoint", f"{hosts[0][1]}:{port}", "--rdzv-id", "job"]
         command += ["--local-addr", address, "--rdzv-conf", f"is_host={int(not processes)}"]
-        command += [path, *arguments(path.parent)]
+        command += [path, *arguments(path.parent / "in", *CPU)]
         processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE))
     for process in processes:
         process.out, process.err = process.communicate(timeout=60)
@@ -524,7 +529,7 @@ def test_half_an_environment_of_torchrun_makes_no_rank(folder, monkeypatch, valu
         monkeypatch.delenv(name, raising=False)
     if value is not None:
         monkeypatch.setenv("RANK", value)
-    assert cli(arguments(folder)) == 0
+    assert cli(arguments(folder / "in", *CPU)) == 0
     assert contents(folder / "out") == contents(folder / "expected")
 
 

@@ -5,7 +5,6 @@ import inspect
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +12,9 @@ from test_kernel import DTYPES, PACKED, any_bits, code_values, expected_values, 
 
 import fp8_cast_bf16
 import kernel
-from checkpoints import assert_same_bits, every_code, special_counts
+from checkpoints import ROOT, assert_same_bits, every_code, special_counts
 from make_checkpoint import make_layout
 
-ROOT = Path(__file__).parent.parent
 triton = pytest.importorskip("triton", reason="the Triton kernel needs triton")
 
 GRIDS = [  # rows, columns, block, rows of a slab

@@ -14,7 +14,9 @@ from checkpoints import (
     INDEX,
     ONE,
     TWO,
+    arguments,
     contents,
+    edit_json,
     every_code,
     load_checkpoint,
     method,
@@ -41,8 +43,7 @@ def differences(folders, capsys):
     source, out = folders
     before = contents(source.parent)
     capsys.readouterr()
-    options = ["--input-fp8-hf-path", str(source), "--output-bf16-hf-path", str(out)]
-    status = cli([*options, "--verify"])
+    status = cli(arguments(source, "--verify", out=out))
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.endswith("to drop")) + 1
@@ -64,12 +65,6 @@ def rewrite(out, change, name=ONE):
     tensors = load_file(out / name)
     change(tensors)
     save_file(tensors, out / name, metadata={"format": "pt"})
-
-
-def edit(path, change):
-    value = json.loads(path.read_text())
-    change(value)
-    path.write_text(json.dumps(value))
 
 
 def test_an_output_of_ours_is_as_it_should_be(folders, capsys):
@@ -149,8 +144,8 @@ def test_order_padding_payloads_and_sharding_are_free(folders, capsys):
     shards = {f"s{i}.safetensors": {name: tensors[name]} for i, name in enumerate(names)}
     write_checkpoint(out, shards)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    edit(out / INDEX, lambda index: index.update(metadata={"total_size": size, "more": 1}))
-    edit(out / "config.json", lambda config: config.update(dtype=config.pop("torch_dtype")))
+    edit_json(out / INDEX, lambda index: index.update(metadata={"total_size": size, "more": 1}))
+    edit_json(out / "config.json", lambda config: config.update(dtype=config.pop("torch_dtype")))
     header = (out / "s0.safetensors").read_bytes()
     length = int.from_bytes(header[:8], "little")
     padded = header[8 : 8 + length] + b" " * 512 + header[8 + length :]
@@ -172,7 +167,7 @@ def test_missing_extra_and_changed_tensors_are_named(folders, capsys):
         del tensors["norm.weight"]
 
     rewrite(folders[1], change)
-    edit(folders[1] / INDEX, lambda index: index["weight_map"].pop("norm.weight"))
+    edit_json(folders[1] / INDEX, lambda index: index["weight_map"].pop("norm.weight"))
     assert differences(folders, capsys) == [
         "norm.weight: is missing",
         f"b.weight_scale_inv: is not expected, in {ONE}",
@@ -201,8 +196,8 @@ def test_what_is_wrong_with_index_and_config_is_named(folders, capsys):
         config["torch_dtype"] = "float16"
         del config["hidden_size"]
 
-    edit(out / INDEX, change_index)
-    edit(out / "config.json", change_config)
+    edit_json(out / INDEX, change_index)
+    edit_json(out / "config.json", change_config)
     assert differences(folders, capsys) == [
         'config.json: dtype is "float16", expected "bfloat16"',
         "config.json: hidden_size is null, expected 7",
@@ -220,9 +215,9 @@ def test_what_is_wrong_with_index_and_config_is_named(folders, capsys):
 def test_a_stale_index_hides_no_other_difference(folders, capsys):
     out = folders[1]
     rewrite(out, lambda tensors: tensors["bias"].fill_(0))
-    edit(out / INDEX, lambda index: index["weight_map"].update(
+    edit_json(out / INDEX, lambda index: index["weight_map"].update(
         {"gone": "gone.safetensors", "a.weight_scale_inv": ONE}))
-    edit(out / "config.json", lambda config: config.update(hidden_size=8))
+    edit_json(out / "config.json", lambda config: config.update(hidden_size=8))
     lines = differences(folders, capsys)
     assert lines[:3] == [
         "config.json: hidden_size is 8, expected 7",
@@ -252,7 +247,7 @@ def test_a_missing_shard_hides_no_other_difference(folders, capsys):
 def test_an_index_without_a_proper_weight_map_hides_nothing(folders, capsys, weight_map):
     out = folders[1]
     rewrite(out, lambda tensors: tensors["bias"].fill_(0))
-    edit(out / INDEX, lambda index: index.update(weight_map=weight_map))
+    edit_json(out / INDEX, lambda index: index.update(weight_map=weight_map))
     lines = differences(folders, capsys)
     assert [line for line in lines if not line.startswith(INDEX)] == lines[-1:]
     assert lines[-1].startswith("bias: element [0] is 0x00000000, expected ")
