@@ -101,6 +101,12 @@ def test_gguf_and_bin_checkpoints_are_refused(tmp_path):
     assert contents(tmp_path / "in") == {"pytorch_model.bin": b"x"}
 
 
+def test_checkpoint_of_scales_alone_is_refused(source):
+    (source / INDEX).unlink()
+    (source / ONE).unlink()
+    assert_folder_refused(source, "holds no tensors")
+
+
 def test_missing_shard_is_named(source):
     (source / TWO).unlink()
     assert_folder_refused(source, TWO, "incomplete")

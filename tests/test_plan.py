@@ -17,7 +17,6 @@ from checkpoints import (
     SHARD,
     TWO,
     arguments,
-    assert_folder_refused,
     assert_laid_out_as,
     assert_same_bits,
     contents,
@@ -75,12 +74,6 @@ def test_shard_that_holds_only_scales_is_not_written(tmp_path):
     convert(tmp_path, shards)
     assert not (tmp_path / "out" / TWO).exists()
     assert json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"] == {"w": ONE}
-
-
-def test_checkpoint_of_scales_alone_is_refused(source):
-    (source / INDEX).unlink()
-    (source / ONE).unlink()
-    assert_folder_refused(source, "holds no tensors")
 
 
 def test_metadata_of_a_shard_is_kept_and_says_format_pt(tmp_path):

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import fp8_cast_bf16 as f
+from agent import Job
 from checkpoints import (
     CONFIG,
     INDEX,
@@ -67,32 +68,38 @@ def script(folder: Path, disturb: str = "pass", instead: str = "") -> Path:
     return path
 
 
-def start(ranks: int, path: Path, *options: str, launcher=()) -> subprocess.Popen:
-    command = [*TORCHRUN, "--nproc-per-node", str(ranks), *launcher, path]
-    return subprocess.Popen([*command, *arguments(path.parent / "in", *CPU), *options], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start(ranks: int, path: Path, *options: str, launcher=()) -> Job:
+    command = ["--nproc-per-node", str(ranks), *launcher, str(path)]
+    return Job([*command, *arguments(path.parent / "in", *CPU), *options])
 
 
-def end(job: subprocess.Popen) -> subprocess.CompletedProcess:
+def end(job: Job) -> subprocess.CompletedProcess:
     try:
-        out, err = job.communicate(timeout=60)
+        job.wait(timeout=60)
     except BaseException:
         job.terminate()  # Its agent ends the ranks, too.
         raise
-    return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+    return subprocess.CompletedProcess((), job.poll(), *job.output)
 
 
 def run(ranks: int, path: Path, *options: str, launcher=()) -> subprocess.CompletedProcess:
     return end(start(ranks, path, *options, launcher=launcher))
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A checkpoint of three shards, and beside it what one process makes of it."""
-    make_checkpoint(tmp_path / "in", 10**6, 3)
-    (tmp_path / "in/tokenizer.json").write_text("{}")
-    main(tmp_path / "in", tmp_path / "expected")
-    return tmp_path
+    folder = tmp_path_factory.mktemp("made")
+    make_checkpoint(folder / "in", 10**6, 3)
+    (folder / "in/tokenizer.json").write_text("{}")
+    main(folder / "in", folder / "expected")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, made):
+    """A copy of the checkpoint and of what is made of it."""
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
 def shares(folder: Path, ranks: int, attempt: int = 0) -> list[list]:
@@ -274,10 +281,10 @@ def test_two_network_namespaces_are_two_hosts(folder, namespaces):
     assert contents(folder / "out") == contents(folder / "expected")
 
 
-def await_temporary(folder: Path, job: subprocess.Popen, count: int = 2) -> None:
+def await_temporary(folder: Path, job: Job, count: int = 2) -> None:
     """Return when as many shards as there are ranks are being written."""
     while len(list(folder.glob("out/*.safetensors.*.tmp"))) < count:
-        assert job.poll() is None, job.communicate()[1]
+        assert job.poll() is None, job.output[1]
         time.sleep(0.01)
 
 
@@ -297,8 +304,6 @@ def test_a_job_whose_agent_was_killed_can_be_started_again(folder):
     job = start(2, script(folder, "time.sleep(0.02)"))
     await_temporary(folder, job)
     job.kill()
-    job.stdout.close()
-    job.stderr.close()
     job.wait()
     for _ in range(5):
         done = run(2, script(folder))
@@ -356,8 +361,8 @@ def quick(monkeypatch):
     """Small windows and little patience."""
     monkeypatch.setattr(f, "WINDOW", 16 << 12)
     monkeypatch.setattr(f, "POLL", 0.02)
-    monkeypatch.setattr(f, "PATIENCE", 1)
-    monkeypatch.setattr(f, "STALLED", 2)
+    monkeypatch.setattr(f, "PATIENCE", 3)
+    monkeypatch.setattr(f, "STALLED", 5)
     return monkeypatch
 
 
