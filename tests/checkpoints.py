@@ -35,6 +35,7 @@ CONFIG = {"quantization_config": FP8_CONFIG}
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
         "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U8": 8, "I8": 8, "BF16": 16, "F32": 32}
 
+
 # --- codes, scales, and what they mean ---
 
 

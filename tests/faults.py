@@ -12,14 +12,18 @@ number of faults of each kind; raises AssertionError for the first that has bad 
 """
 
 import argparse
+import contextlib
 import errno
+import functools
 import io
 import os
 import random
 import shutil
 import signal
 import sys
+import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -210,6 +214,11 @@ def main() -> None:
     fp8_cast_bf16.WINDOW = WINDOW
     for name, out in (("in", "expected"), ("other", "stale")):
         assert exit_status(run(folder / name, folder / out, folder / "log")) == 0
+    # The children need not import, nor look up the versions of packages, what this process has.
+    metadata.version = functools.cache(metadata.version)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        fp8_cast_bf16.main(folder / "in", folder / "out", dry_run=True)
+    assert threading.active_count() == 1
     for workers, stale in ((1, None), (3, folder / "stale")):
         counts = inject(folder, workers, stale, options.every)
         print(f"{workers} workers, {'stale' if stale else 'no'} output: {counts}", flush=True)

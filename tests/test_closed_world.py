@@ -85,7 +85,6 @@ KNOWN = {
 }
 OTHER_CONTAINERS = [kind for kind in KNOWN if not kind.startswith(("FP8", "torchao"))]
 
-
 # --- 1: the methods, and where they stand ---
 
 

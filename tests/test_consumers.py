@@ -69,7 +69,6 @@ FP8 = {"num_bits": 8, "type": "float"}
 FP4 = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group"}
 BF16 = torch.bfloat16
 
-
 # --- what loads the output ---
 
 

@@ -49,7 +49,6 @@ BLOCKS = {"weight_block_size": [128, 128]}
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group"}
 
-
 # --- weights, and the grids of their scales ---
 
 
@@ -617,6 +616,8 @@ def experts_nvfp4(experts, rows, second, group=16):
 
 
 # --- transformers ---
+
+
 def test_nvfp4_of_transformers_is_multiplied_by_its_global_scale(tmp_path):
     # huggingface/transformers src/transformers/integrations/finegrained/conversions.py,
     # FineGrainedQuantize: global = amax / (6 * 448), divided out before the blocks are quantized.
@@ -672,6 +673,8 @@ def test_fp8_experts_stand_apart_and_their_scales_are_stacked(tmp_path, place, n
 
 
 # --- compressed-tensors INT4 ---
+
+
 def int4(rows, cols, columns):
     """Return int32 words of eight codes each, and the first columns of what they hold."""
     codes = packed(rows, 4 * cols)
@@ -756,6 +759,8 @@ def test_int4_that_its_config_or_shape_contradicts_is_refused(tmp_path, weights,
 
 
 # --- W4AFP8 and DeepSeek-V4: packed experts beside FP8 blocks ---
+
+
 def w4afp8():
     """Return an expert of INT4 with groups of 128 and an FP8 weight, and what they are in BF16."""
     codes, scale = packed(70, 192, dtype=torch.int8), rand(70, 3)
@@ -793,6 +798,8 @@ def test_mxfp4_of_deepseek_v4_belongs_to_the_method_fp8(tmp_path):
 
 
 # --- ModelOpt ---
+
+
 def test_nvfp4_of_fused_experts_may_have_a_second_scale_for_each_half(tmp_path):
     # huggingface/transformers integrations/finegrained/conversions.py, FineGrainedWeightGlobals:
     # gate's column first; a checkpoint's gate_up_proj holds the rows of gate before those of up.
@@ -844,6 +851,8 @@ def test_fp8_blocks_of_stacked_experts_have_a_scale_of_five_dimensions(tmp_path)
 
 
 # --- torchao ---
+
+
 @pytest.mark.parametrize("per_row", [True, False])
 def test_torchao_fused_experts(tmp_path, per_row):
     # pytorch/ao torchao/prototype/safetensors/safetensors_support.py: tensor `M.P` is stored as
@@ -874,6 +883,8 @@ def test_torchao_microscaling_with_plain_scales(tmp_path, kind):
 
 
 # --- GPTQModel ---
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize(
     "kind, shape, block",
@@ -899,6 +910,7 @@ def test_other_semantics_of_scales_are_refused(tmp_path):
 
 
 # --- Inkling: parameters that are called w13_weight and w2_weight ---
+
 EXPERTS = "model.llm.layers.2.mlp.experts"
 
 
@@ -941,6 +953,8 @@ def test_nvfp4_of_inkling_by_llm_compressor_is_named_like_the_parameter(tmp_path
 
 
 # --- fine-tuners' FP8 for ComfyUI ---
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("size", [16, 64])
 def test_block_scales_of_musubi_tuner_have_a_last_axis_of_one(tmp_path, size, dtype):
@@ -970,6 +984,8 @@ def test_blocks_of_musubi_tuner_may_share_a_second_scale(tmp_path):
 
 
 # --- side tensors of caches and activations ---
+
+
 def test_scale_and_bias_of_an_affine_cache_are_dropped(tmp_path):
     # NVIDIA/Model-Optimizer modelopt/torch/export/quant_utils.py, _KV_CACHE_REPLACEMENTS
     codes, scale = finite_codes(16, 20), rand()
@@ -1023,6 +1039,8 @@ def test_zero_points_of_quantized_attention_that_are_not_zero_are_refused(tmp_pa
 
 
 # --- configs ---
+
+
 def modelopt_nvfp4():
     second = torch.tensor(0.0123)
     codes, scale, values = nvfp4(second, divide=False)
@@ -1076,6 +1094,7 @@ def test_config_without_a_dtype_gets_none(tmp_path):
 
 
 # --- what is refused ---
+
 FP8_WEIGHT = {"l.weight": finite_codes(4, 4), "l.weight_scale": rand(1)}
 
 

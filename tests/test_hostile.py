@@ -41,7 +41,9 @@ cases = settings(
     database=None,
     derandomize="FP8_CASES" not in os.environ,
 )
+
 # --- strategies ---
+
 integers = st.one_of(
     st.integers(-3, 70), st.sampled_from([2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**30])
 )
@@ -114,6 +116,8 @@ def spoil(draw, text: bytes) -> bytes:
 
 
 # --- the property ---
+
+
 def outcome(folder: Path, capsys) -> int:
     """Convert; check all that holds for any input, and return the exit status."""
     before, out = contents(folder / "in"), folder / "out"

@@ -100,7 +100,8 @@ def test_comfyui_metadata_is_stripped(tmp_path):
 
 
 def test_metadata_of_torchao_does_not_reach_the_output(tmp_path):
-    # The same file, flatten_tensor_state_dict: an entry for each tensor, and a list of them.
+    # pytorch/ao torchao/prototype/safetensors/safetensors_support.py, flatten_tensor_state_dict:
+    # an entry for each tensor, and a list of them.
     codes, scale = finite_codes(50, 60), rand(50, 1)
     data = {"_type": "Float8Tensor", "_data": {}, "_tensor_data_names": ["qdata", "scale"]}
     torchao = {"l.weight": json.dumps(data), "l.bias": json.dumps({"_type": "Tensor"})}
