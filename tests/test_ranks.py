@@ -254,7 +254,7 @@ def test_two_machines_are_two_agents(folder):
 @pytest.fixture
 def namespaces():
     """Two network namespaces that see each other alone, as two hosts."""
-    names, veths = (f"fp8a{os.getpid()}", f"fp8b{os.getpid()}"), ("fp8veth0", "fp8veth1")
+    names = veths = f"fp8a{os.getpid()}", f"fp8b{os.getpid()}"
     commands = [["ip", "netns", "add", name] for name in names]
     commands += [["ip", "link", "add", veths[0], "type", "veth", "peer", "name", veths[1]]]
     for i, (name, veth) in enumerate(zip(names, veths, strict=True)):
