@@ -1,4 +1,6 @@
+import functools
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,9 @@ import torch
 
 from checkpoints import CONFIG, several_kinds, write_checkpoint
 from fp8_cast_bf16 import main
+
+# Each conversion looks up the versions of packages, which is a third of the time of a small one.
+metadata.version = functools.cache(metadata.version)
 
 
 def pytest_runtest_setup(item):
