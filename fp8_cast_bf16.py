@@ -44,9 +44,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,8 +78,8 @@ def printable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def say(text: str) -> None:
-    print(printable(text), flush=True)
+def say(text: str, file=None) -> None:
+    print(printable(text), file=file, flush=True)
 
 
 @contextmanager
@@ -99,41 +98,53 @@ INDEX_NAME, INDEX_SUFFIX = "model.safetensors.index.json", ".safetensors.index.j
 CONFIG_NAME, PARAMS_NAME = "config.json", "params.json"  # The second is Mistral's own.
 NVIDIA_CONFIG_NAME, SIDECAR_NAME = "hf_quant_config.json", "quantization_config.json"
 SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
-TOOL_FOLDERS = [".git", ".cache"]
+TOOL_FOLDERS = {".git", ".cache"}
 HEADER_LIMIT = 100_000_000  # Bytes, from safetensors; an index lists no more than headers do.
-CONFIG_LIMIT, DEPTH_LIMIT = 10_000_000, 100  # Bytes and levels, far more than any model needs.
+CONFIG_LIMIT = 10_000_000  # Bytes, far more than any model needs.
 
 
 class Tensor(NamedTuple):
     """A tensor on disk: dtype as safetensors spells it, bytes [start, stop) of the file at path.
 
-    path: for a tensor of the input, the input folder joined with the shard's name; for a planned
-    output, the shard's name alone. leaf is the name after its last dot, module the name before it.
+    For a planned output, path is the shard's name alone.
     """
 
     name: str
-    module: str
-    leaf: str
     dtype: str
     shape: tuple[int, ...]
     path: Path
     start: int
     stop: int
 
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def element_size(self) -> int:
+        return self.size // (math.prod(self.shape) or 1)
+
+    def error(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {self.name} {problem}")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Shard names with their metadata, all tensors by name, and the JSON files if present."""
+    """Shard names with their metadata, all tensors by name, and the JSON files that are there."""
 
     root: Path
     shards: dict[str, dict[str, str]]
     tensors: dict[str, Tensor]
     index_name: str
-    index: dict | None
-    config: dict | None
-    params: dict | None
-    nvidia_config: dict | None
-    sidecar: dict | None
+    files: dict[str, dict]
 
 
 def is_plain(path: Path, root: Path) -> bool:
@@ -145,8 +156,20 @@ def is_plain(path: Path, root: Path) -> bool:
     root, target = root.resolve(), path.resolve()
     inside = [root, *(p.parent / "blobs" for p in root.parents
                       if p.name == "snapshots" and p.parent.name.startswith("models--"))]
-    tool = target.is_relative_to(root) and {*TOOL_FOLDERS} & {*target.relative_to(root).parts}
+    tool = target.is_relative_to(root) and TOOL_FOLDERS & {*target.relative_to(root).parts}
     return path.is_file() and not tool and any(target.is_relative_to(place) for place in inside)
+
+
+def walk(value) -> Iterator[tuple[str, object]]:
+    """Yield every key of a JSON value with what stands there, at any depth."""
+    queue = [value]
+    while queue:
+        value = queue.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            queue += value.values()
+        elif isinstance(value, list):
+            queue += value
 
 
 def parse_json(path: Path, text: bytes) -> dict:
@@ -166,10 +189,10 @@ def parse_json(path: Path, text: bytes) -> dict:
 
     try:
         value = json.loads(text.decode(), object_pairs_hook=unique, parse_float=finite)
+        if not isinstance(value, dict):
+            raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: is not a JSON object; download it again")
     return value
 
 
@@ -178,19 +201,12 @@ def read_json(path: Path) -> dict | None:
     if not os.path.lexists(path):
         return None
     if not is_plain(path, path.parent):
-        raise CheckpointError(f"{path}: is no file of the checkpoint itself: a link to nothing "
+        raise CheckpointError(f"{path}: is not a regular file of the checkpoint; a link to nothing "
                               "or elsewhere, or a device; put the file there")
     limit = HEADER_LIMIT if path.name.endswith(INDEX_SUFFIX) else CONFIG_LIMIT
     if (size := path.stat().st_size) > limit:
         raise CheckpointError(f"{path}: has {size} bytes; expected at most {limit}")
-    value = parse_json(path, path.read_bytes())
-    level = [value]
-    for _ in range(DEPTH_LIMIT):
-        level = [item for part in level if isinstance(part, dict | list)
-                 for item in (part.values() if isinstance(part, dict) else part)]
-    if level:
-        raise CheckpointError(f"{path}: is nested too deep; expected at most {DEPTH_LIMIT} levels")
-    return value
+    return parse_json(path, path.read_bytes())
 
 
 def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
@@ -210,16 +226,13 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
                 raise
         size = int.from_bytes(file.read(8), "little")
         header = parse_json(path, file.read(size))
-    metadata = header.pop("__metadata__", None) or {}
-    tensors = []
+    metadata, tensors = header.pop("__metadata__", None) or {}, []
     for name, entry in header.items():
         # That parser takes lists for objects, too.
         if not (isinstance(entry, dict) and isinstance(entry["dtype"], str)):
             raise CheckpointError(f"{path}: {name} has an invalid header entry; download it again")
-        module, _, leaf = name.rpartition(".")
-        start, stop = entry["data_offsets"]
-        tensors.append(Tensor(name, module, leaf, entry["dtype"], tuple(entry["shape"]), path,
-                              8 + size + start, 8 + size + stop))
+        start, stop = (8 + size + offset for offset in entry["data_offsets"])
+        tensors.append(Tensor(name, entry["dtype"], (*entry["shape"],), path, start, stop))
     return metadata, tensors
 
 
@@ -235,21 +248,21 @@ def find_index(root: Path) -> str:
 
 def find_shards(root: Path, index_name: str, index: dict | None) -> list[str]:
     """Return the file names that make up the checkpoint, sorted."""
-    if index is not None:
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{root / index_name}: has no weight_map; download it again")
-        for name, shard in weight_map.items():
-            if not (isinstance(shard, str) and SHARD_NAME.fullmatch(shard)):
-                where = f"{root / index_name}: puts {name} into {shard!r}"
-                raise CheckpointError(f"{where}; expected a *.safetensors file beside it")
-        return sorted(set(weight_map.values()))
-    shards = sorted(path.name for path in root.glob("*.safetensors"))
-    # Mistral's repositories hold the same weights a second time, under names of their own.
-    shards = [name for name in shards if not name.startswith("consolidated")] or shards
-    if not shards:
-        raise CheckpointError(f"{root}: holds no *.safetensors; give the checkpoint's folder")
-    return shards
+    if index is None:
+        shards = sorted(path.name for path in root.glob("*.safetensors"))
+        # Mistral's repositories hold the same weights a second time, under names of their own.
+        shards = [name for name in shards if not name.startswith("consolidated")] or shards
+        if not shards:
+            raise CheckpointError(f"{root}: holds no *.safetensors; give the checkpoint's folder")
+        return shards
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{root / index_name}: has no weight_map; download it again")
+    for name, shard in weight_map.items():
+        if not (isinstance(shard, str) and SHARD_NAME.fullmatch(shard)):
+            raise CheckpointError(f"{root / index_name}: puts {name} into {shard!r}; expected a "
+                                  "*.safetensors file beside it")
+    return sorted(set(weight_map.values()))
 
 
 def load_checkpoint(root: Path, consistent: bool = True) -> Checkpoint:
@@ -260,75 +273,52 @@ def load_checkpoint(root: Path, consistent: bool = True) -> Checkpoint:
     shards in the folder belong to it, and an index that lists missing tensors is not an error.
     """
     if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
-        raise CheckpointError(f"{root}: no such folder, or not to be read; give the checkpoint's")
+        raise CheckpointError(f"{root}: no such folder, or it is not readable; give the "
+                              "checkpoint's")
     index_name = find_index(root)
-    index = read_json(root / index_name)
-    shards, tensors, holders = {}, {}, {}
+    names = [index_name, CONFIG_NAME, PARAMS_NAME, NVIDIA_CONFIG_NAME]
+    names += [SIDECAR_NAME] if is_plain(root / SIDECAR_NAME, root) else []
+    files = {name: value for name in names if (value := read_json(root / name)) is not None}
+    index = files.get(index_name)
+    shards, holders = {}, {}
     for shard in find_shards(root, index_name, index if consistent else None):
         shards[shard], members = read_header(root / shard)
         for tensor in members:
-            if tensors.setdefault(tensor.name, tensor) is not tensor:
-                holders.setdefault(tensor.name, [tensors[tensor.name]]).append(tensor)
+            holders.setdefault(tensor.name, []).append(tensor)
     weight_map = (index or {}).get("weight_map")
     weight_map = weight_map if isinstance(weight_map, dict) else {}  # find_shards refuses an input.
+    tensors = {}
     for name, rivals in holders.items():
         meant = [tensor for tensor in rivals if tensor.path.name == weight_map.get(name)]
-        if not meant:
-            raise CheckpointError(f"{rivals[1].path}: {name} stands in {rivals[0].path.name} too "
-                                  "and no index says which counts; remove the file that is not "
-                                  "part of the checkpoint")
-        tensors[name] = meant[0]
+        if len(rivals) > 1 and not meant:
+            raise rivals[1].error(f"stands in {rivals[0].path.name} too and no index says which "
+                                  "counts; remove the file that is not part of the checkpoint")
+        tensors[name] = (meant or rivals)[0]
     for name, shard in weight_map.items():
         if name not in tensors and consistent:
             raise CheckpointError(f"{root / shard}: {name} is not there; {index_name} names it")
-    names = [CONFIG_NAME, PARAMS_NAME, NVIDIA_CONFIG_NAME]
-    names += [SIDECAR_NAME] if is_plain(root / SIDECAR_NAME, root) else []
-    configs = [*map(read_json, (root / name for name in names)), None][:4]
-    return Checkpoint(root, shards, tensors, index_name, index, *configs)
+    return Checkpoint(root, shards, tensors, index_name, files)
 
 
 # --- formats: how weights are stored; a new format is a row here, and a test in test_formats.py ---
 
-# Keys of a config, at any depth, or of a shard's metadata that mark the weights as quantized.
-QUANTIZATION_KEYS = ["quantization_config", "compression_config", "_quantization_metadata",
-                     "expert_dtype", "moe_quant_algo"]
-BLOCK_SIZES_LIMIT = 64  # A config may name so many block sizes.
-SMALL_LIMIT = 16 << 20  # Bytes of a tensor that planning reads: zero points, group indices, notes.
-F8 = frozenset({"F8_E4M3", "F8_E5M2"})
-FLOATS = frozenset({"F32", "BF16", "F16"})
-EXPONENTS = frozenset({"F8_E8M0", "U8"})  # Bytes that are exponents of two, biased by 127.
-SMALL_FLOATS = frozenset({"F8_E4M3"})
-INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})  # I64, U64, BOOL never hold codes.
-CODE_BYTES = {"I8": 1, "U8": 1, "I32": 4}  # Of an element that packs codes.
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+F8, SMALL_FLOATS = words("F8_E4M3 F8_E5M2"), words("F8_E4M3")
+FLOATS, EXPONENTS = words("F32 BF16 F16"), words("F8_E8M0 U8")  # U8: 2 ** (byte - 127), too
 NUMBER_FORMATS = {"F8_E4M3": "E4M3", "F8_E5M2": "E5M2"}
-
-# Tensors that belong to a quantized weight and are dropped with it. Zero points must be zero, and
-# group indices must be in order.
-SIDES = (
-    "input_scale", "output_scale", "activation_scale", "act_scale", "input_scale_ub",  # activations
-    "input_scale_2", "input_zero_point", "output_zero_point", "scale_input", "qscale_act",
-    "comfy_quant", "{}_zero_point", "{}_zp", "{}_g_idx", "{}_act_scale",
-    "{}_act_per_tensor_scale",
-)
-# May stand beside any weight and are copied; `scale` only if it is not the weight's own scale.
-PARAMETERS = {"bias", "e_score_correction_bias", "correction_bias", "expert_bias", "scale",
-              "tid2eid", "position_ids", "num_batches_tracked"}
-COMPRESSED = ("format", frozenset({  # vllm-project/compressed-tensors config/base.py
-    "dense", "naive-quantized", "float-quantized", "int-quantized", "mixed-precision",
-    "pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized", "nvfp4-pack-quantized",
-}))
 SEMANTICS = "weight_scale_semantics"  # The only key that can say that an FP8 scale divides.
-
-# amd/Quark 0.13: with other dtypes and formats of scales the same tensors mean something else.
-QUARK = (("dtype", frozenset({"fp4", "fp8_e4m3", "fp8_e5m2"})),
-         ("scale_format", frozenset({"e8m0", "float32"})))
-
 # NVIDIA/Model-Optimizer torch/export: the second name is that of experts which the model fuses.
 MODELOPT, MODELOPT_GLOBAL = "{}_scale {}_weight_scale", "{}_scale_2 {}_weight_scale_2"
-
-
-def named(*words: str) -> frozenset[str]:
-    return frozenset(words)
+# Tensors beside any quantized weight that are dropped with it: scales of activations, notes, and
+# zero points, which must be zero, and group indices, which must be in order.
+SIDES = words(
+    "input_scale output_scale activation_scale act_scale input_scale_ub input_scale_2 scale_input "
+    "input_zero_point output_zero_point qscale_act comfy_quant "
+    "{}_zero_point {}_zp {}_g_idx {}_act_scale {}_act_per_tensor_scale")
 
 
 class Format(NamedTuple):
@@ -336,22 +326,22 @@ class Format(NamedTuple):
 
     Names are relative to the module. "{}" stands for the stem, the last part of the output's name:
     usually `weight`, or the name of a parameter without a module of its own, such as gate_up_proj.
-    weight is a regular expression, and may match in modules below the one that holds the scale.
+    The weight may be in modules below the one that holds the scale; "*" in its name is a number.
 
     - containers, scale_dtypes: dtypes as safetensors spells them.
     - number_format: a key of kernel.FORMATS; if empty, the dtype of the codes determines it.
     - methods: the values of quant_method whose loaders read the tensors so; "" where the config
       names none. FP8 has one meaning, so for it they only decide between two scales; bytes and
       integers are converted under these methods alone.
-    - scale, global_scale: one name each, or the same number of alternatives, separated by spaces.
-      The global scale multiplies the scales, or `divides` them. inverse: the scale divides, too.
-    - groups: columns that share a scale, where the format fixes them.
+    - weight, scale, global_scale: a name, or alternatives separated by spaces, of which the scales
+      belong together.
+      The global scale multiplies the scales, or `divides` them; FP8 may do without it. inverse: the
+      scale divides the codes.
+    - groups: columns that share a scale, where the format fixes them; 0 for all of a row.
     - stacked: the scales of all experts are one tensor, although the weights are not.
     - transposed: the weight is stored transposed, so that scales of rows apply to columns.
-    - whole_rows: a scale covers whole rows (Quark stores INT8 groups transposed).
-    - within_rows: a scale covers part of one row, or a block that the config names.
-    - sides: what else is dropped with the weight.
-    - requires, accepts: keys of the config that must have one of these values, or no other.
+    - sides: what else is dropped with the weight, besides SIDES.
+    - requires: a key of the config, and the value that it must have.
     """
 
     title: str
@@ -367,162 +357,346 @@ class Format(NamedTuple):
     inverse: bool = False
     stacked: bool = False
     transposed: bool = False
-    whole_rows: bool = False
-    within_rows: bool = False
-    sides: tuple[str, ...] = SIDES
-    requires: tuple[tuple[str, frozenset[str]], ...] = ()
-    accepts: tuple[tuple[str, frozenset[str]], ...] = ()
+    sides: frozenset[str] = frozenset()
+    requires: tuple[str, str] | None = None
 
 
 FORMATS = [
     # modelcloud/GPTQModel quantize_fp8_weight: the scale is 448 / absmax and divides.
-    Format("GPTQModel", "{}", "{}_scale_inv", scale_dtypes=FLOATS, inverse=True,
-           requires=((SEMANTICS, named("inverse")),)),
+    Format("GPTQModel", "{}", "{}_scale_inv", F8, FLOATS, inverse=True,
+           requires=(SEMANTICS, "inverse")),
     # deepseek-ai/DeepSeek-V3 inference/kernel.py multiplies by it: it is the inverse of the
     # quantizer's factor. huggingface/transformers integrations/finegrained_fp8.py, before 5.0,
     # uses the plural for fused experts.
     Format("DeepSeek-V3, Kimi-K2, Qwen3, GLM-5, MiniMax, Mistral", "{}",
-           "{}_scale_inv {}_scales_inv", methods=named("fp8", "mxfp8")),
+           "{}_scale_inv {}_scales_inv", methods=words("fp8 mxfp8")),
     # huggingface/transformers modeling of Llama 4, FbgemmFp8Llama4TextExperts: the weight is
     # stored transposed, so that its scales of rows are scales of columns here.
-    Format("Llama 4 (fbgemm)", "down_proj", "down_proj_scale", scale_dtypes=FLOATS, transposed=True,
-           requires=(("quant_method", named("fbgemm_fp8")),)),
+    Format("Llama 4 (fbgemm)", "down_proj", "down_proj_scale", F8, FLOATS, transposed=True,
+           requires=("quant_method", "fbgemm_fp8")),
     Format("compressed-tensors, ModelOpt, fbgemm, Quark, auto-round, AutoFP8", "{}", MODELOPT,
-           methods=named("compressed-tensors", "modelopt", "fbgemm_fp8", "quark", "auto-round")),
+           methods=words("compressed-tensors modelopt fbgemm_fp8 quark auto-round")),
     # deepseek-ai/DeepSeek-V4 inference/model.py
     Format("DeepSeek-V4", "weight", "scale"),
-    Format("Fish Audio", "{}", "{}.scale", scale_dtypes=FLOATS),
+    Format("Fish Audio", "{}", "{}.scale", F8, FLOATS),
     # vllm-project/vllm models/llama.py, mistral_mapping
-    Format("Mistral consolidated", "weight", "qscale_weight", scale_dtypes=FLOATS),
-    # kohya-ss/musubi-tuner modules/fp8_optimization_utils.py; comfyanonymous/ComfyUI
-    # comfy/utils.py, convert_old_quants
-    Format("musubi-tuner", "weight", "scale_weight", scale_dtypes=FLOATS,
+    Format("Mistral consolidated", "weight", "qscale_weight", F8, FLOATS),
+    # comfyanonymous/ComfyUI comfy/utils.py, convert_old_quants; kohya-ss/musubi-tuner
+    # modules/fp8_optimization_utils.py, which may add a global scale
+    Format("ComfyUI scaled, musubi-tuner", "weight", "scale_weight", F8, FLOATS,
            global_scale="scale_weight_tensor"),
-    Format("ComfyUI scaled", "weight", "scale_weight", scale_dtypes=FLOATS),
     # pytorch/ao prototype/safetensors
-    Format("torchao", "_{}_qdata", "_{}_scale", scale_dtypes=FLOATS | {"F8_E8M0"},
-           methods=named("torchao")),
+    Format("torchao", "_{}_qdata", "_{}_scale", F8, FLOATS | {"F8_E8M0"},
+           methods=words("torchao")),
     # vllm-project/vllm 53896: the shards of an embedding share the scale of the whole.
-    Format("Qwen3.8 n-gram tables", r"shard_\d+\.weight", "weight_scale", scale_dtypes=FLOATS),
+    Format("Qwen3.8 n-gram tables", "shard_*.weight", "weight_scale", F8, FLOATS),
     # huggingface/transformers 5 integrations/finegrained: save_pretrained splits the experts
     # but not their scales, where the rows of up follow those of gate.
-    Format("experts saved by transformers 5", r"\d{1,9}\.(?:gate_proj|up_proj|w1|w3)\.weight",
+    Format("experts saved by transformers 5",
+           "*.gate_proj.weight *.up_proj.weight *.w1.weight *.w3.weight",
            "gate_up_proj_scale_inv", stacked=True),
-    Format("experts saved by transformers 5", r"\d{1,9}\.(?:down_proj|w2)\.weight",
+    Format("experts saved by transformers 5", "*.down_proj.weight *.w2.weight",
            "down_proj_scale_inv", stacked=True),
     # deepseek-ai/DeepSeek-V3 inference/kernel.py, run on tensors that were viewed as bytes.
-    Format("FP8 as bytes", "{}", "{}_scale_inv", named("U8"), FLOATS, "E4M3", named("")),
-    # comfyanonymous/ComfyUI comfy/quant_ops.py: a note beside the weight says what its bytes are.
-    Format("ComfyUI, E4M3 by note", "weight", "weight_scale", named("U8"), FLOATS, "E4M3",
-           named("ComfyUI's float8_e4m3fn")),
-    Format("ComfyUI, E5M2 by note", "weight", "weight_scale", named("U8"), FLOATS, "E5M2",
-           named("ComfyUI's float8_e5m2")),
+    Format("FP8 as bytes", "{}", "{}_scale_inv", words("U8"), FLOATS, "E4M3", frozenset([""])),
+    # comfyanonymous/ComfyUI comfy/quant_ops.py: a note says what the bytes of weights are.
+    Format("ComfyUI, E4M3 by note", "weight", "weight_scale", words("U8"), FLOATS, "E4M3",
+           words("float8_e4m3fn")),
+    Format("ComfyUI, E5M2 by note", "weight", "weight_scale", words("U8"), FLOATS, "E5M2",
+           words("float8_e5m2")),
     # sgl-project/sglang layers/quantization/blockwise_int8.py and w8a8_int8.py
-    Format("INT8 in blocks", "{}", "{}_scale_inv", named("I8"), FLOATS, "INT8",
-           named("blockwise_int8")),
-    Format("INT8 per row or tensor", "{}", "{}_scale", named("I8"), FLOATS, "INT8",
-           named("w8a8_int8", "quark", "modelopt"), whole_rows=True),
-    Format("compressed-tensors INT8", "{}", "{}_scale", named("I8"), FLOATS, "INT8",
-           named("compressed-tensors"), within_rows=True, accepts=(COMPRESSED,)),
+    Format("INT8 in blocks", "{}", "{}_scale_inv", words("I8"), FLOATS, "INT8",
+           words("blockwise_int8")),
+    Format("INT8 of compressed-tensors, w8a8, Quark, ModelOpt", "{}", "{}_scale", words("I8"),
+           FLOATS, "INT8", words("compressed-tensors w8a8_int8 quark modelopt")),
     # InternLM/lmdeploy lite/apis/smooth_quant.py
-    Format("INT8 of lmdeploy", "weight", "scale", named("I8"), FLOATS, "INT8",
-           named("smooth_quant"), whole_rows=True),
-    Format("INT8 of torchao", "_{}_qdata", "_{}_scale", named("I8"), FLOATS, "INT8",
-           named("torchao"), within_rows=True),
+    Format("INT8 of lmdeploy", "weight", "scale", words("I8"), FLOATS, "INT8",
+           words("smooth_quant"), (0,)),
+    Format("INT8 of torchao", "_{}_qdata", "_{}_scale", words("I8"), FLOATS, "INT8",
+           words("torchao")),
     # pytorch/ao prototype/mx_formats; swizzled scales have another shape.
-    Format("MXFP4 of torchao", "_{}_qdata", "_{}_scale", named("U8"), named("F8_E8M0"), "E2M1",
-           named("torchao"), (32,)),
-    Format("NVFP4 of torchao", "_{}_qdata", "_{}_scale", named("U8"), SMALL_FLOATS, "E2M1",
-           named("torchao"), (16,), "_{}_per_tensor_scale"),
+    Format("MXFP4 of torchao", "_{}_qdata", "_{}_scale", words("U8"), words("F8_E8M0"), "E2M1",
+           words("torchao"), (32,)),
+    Format("NVFP4 of torchao", "_{}_qdata", "_{}_scale", words("U8"), SMALL_FLOATS, "E2M1",
+           words("torchao"), (16,), "_{}_per_tensor_scale"),
     # deepseek-ai/DeepSeek-V4 inference/convert.py: two codes a byte, the low half first.
-    Format("experts of DeepSeek-V4 (MXFP4)", "weight", "scale", named("I8", "F4"),
-           named("F8_E8M0"), "E2M1", named("fp8"), (32,)),
+    Format("experts of DeepSeek-V4 (MXFP4)", "weight", "scale", words("I8 F4"), words("F8_E8M0"),
+           "E2M1", words("fp8"), (32,)),
     # vllm-project/compressed-tensors compressors/mxfp4; intel/auto-round
     # export/export_to_llmcompressor
-    Format("compressed-tensors MXFP4", "{}_packed", "{}_scale", named("U8"), EXPONENTS, "E2M1",
-           named("compressed-tensors", "auto-round"), (32,),
-           accepts=(COMPRESSED, ("data_type", named("mx_fp", "mx_fp4", "float")))),
+    Format("compressed-tensors MXFP4", "{}_packed", "{}_scale", words("U8"), EXPONENTS, "E2M1",
+           words("compressed-tensors auto-round"), (32,)),
     # vllm-project/vllm layers/quantization/quark/schemes/quark_ocp_mx.py; NVIDIA/Model-Optimizer
     # torch/quantization/qtensor/mxfp4_tensor.py
-    Format("MXFP4 of Quark and ModelOpt", "{}", MODELOPT, named("U8"), EXPONENTS, "E2M1",
-           named("quark", "modelopt"), (32,),
-           accepts=QUARK),
+    Format("MXFP4 of Quark and ModelOpt", "{}", MODELOPT, words("U8"), EXPONENTS, "E2M1",
+           words("quark modelopt"), (32,)),
     # vllm-project/compressed-tensors compressors/nvfp4: the global scale divides.
-    Format("compressed-tensors NVFP4", "{}_packed", "{}_scale", named("U8"), SMALL_FLOATS, "E2M1",
-           named("compressed-tensors", "auto-round"), (16,), "{}_global_scale", divides=True,
-           sides=(*SIDES, "input_global_scale"),
-           accepts=(COMPRESSED, ("data_type", named("nv_fp", "nv_fp4", "float")))),
+    Format("compressed-tensors NVFP4", "{}_packed", "{}_scale", words("U8"), SMALL_FLOATS, "E2M1",
+           words("compressed-tensors auto-round"), (16,), "{}_global_scale", divides=True,
+           sides=words("input_global_scale")),
     # NVIDIA/Model-Optimizer torch/quantization/qtensor/nvfp4_tensor.py. Fused experts may have one
     # global scale for gate and one for up.
-    Format("ModelOpt W4A8_NVFP4_FP8", "{}", MODELOPT, named("U8"), SMALL_FLOATS, "E2M1",
-           named("modelopt"), (32, 16), MODELOPT_GLOBAL,
-           requires=(("quant_algo", named("W4A8_NVFP4_FP8")),)),
-    Format("NVFP4 of ModelOpt and Quark", "{}", MODELOPT, named("U8"), SMALL_FLOATS, "E2M1",
-           named("modelopt", "quark"), (16,), MODELOPT_GLOBAL, accepts=QUARK),
+    Format("ModelOpt W4A8_NVFP4_FP8", "{}", MODELOPT, words("U8"), SMALL_FLOATS, "E2M1",
+           words("modelopt"), (32, 16), MODELOPT_GLOBAL, requires=("quant_algo", "W4A8_NVFP4_FP8")),
+    Format("NVFP4 of ModelOpt and Quark", "{}", MODELOPT, words("U8"), SMALL_FLOATS, "E2M1",
+           words("modelopt quark"), (16,), MODELOPT_GLOBAL),
     # huggingface/transformers integrations/finegrained/nvfp4.py: here the global scale multiplies.
-    Format("transformers NVFP4", "{}", "{}_scale_inv {}_scale_inv", named("U8"), SMALL_FLOATS,
-           "E2M1", named("nvfp4"), (16,), "{}_global_scale {}_weight_global_scale",
-           sides=(*SIDES, "input_global_scale")),
+    Format("transformers NVFP4", "{}", "{}_scale_inv {}_scale_inv", words("U8"), SMALL_FLOATS,
+           "E2M1", words("nvfp4"), (16,), "{}_global_scale {}_weight_global_scale",
+           sides=words("input_global_scale")),
     # vllm-project/vllm models/inkling/nvidia
-    Format("Inkling NVFP4", "{}", "{}.scale", named("U8"), SMALL_FLOATS, "E2M1", named("modelopt"),
-           (16,), "{}.scale2", sides=(*SIDES, "{}.input_amax", "{}.original_shape")),
+    Format("Inkling NVFP4", "{}", "{}.scale", words("U8"), SMALL_FLOATS, "E2M1", words("modelopt"),
+           (16,), "{}.scale2", sides=words("{}.input_amax {}.original_shape")),
     # sgl-project/sglang layers/quantization/w4afp8.py: two's complement, the low half first.
-    Format("W4AFP8", "{}", "{}_scale_inv", named("I8"), FLOATS, "INT4", named("w4afp8"), (128,)),
+    Format("W4AFP8", "{}", "{}_scale_inv", words("I8"), FLOATS, "INT4", words("w4afp8"), (128,)),
     # vllm-project/compressed-tensors compressors/pack_quantized: eight codes per int32, the
     # lowest bits first, each 8 more than its value. The config gives the group size.
-    Format("Kimi-K2-Thinking, compressed-tensors INT4", "{}_packed", "{}_scale", named("I32"),
-           FLOATS, "UINT4B8", named("compressed-tensors"), sides=(*SIDES, "{}_shape"),
-           accepts=(COMPRESSED,)),
+    Format("Kimi-K2-Thinking, compressed-tensors INT4", "{}_packed", "{}_scale", words("I32"),
+           FLOATS, "UINT4B8", words("compressed-tensors"), sides=words("{}_shape")),
 ]
 PLAIN_CAST = Format("plain FP8 cast", "{}", "")  # no scale: the policy of --missing-scale
-
-KNOWN_METHODS = frozenset({"", "fp8", "mistral"}).union(*(row.methods for row in FORMATS))
+KNOWN_METHODS = words("fp8 mistral").union([""], *(row.methods for row in FORMATS))
 CONTAINERS = frozenset().union(*(row.containers for row in FORMATS))
-ALL_SIDES = frozenset(side.replace("{}", "weight") for row in FORMATS for side in row.sides)
-STRANGE_DTYPES = {  # What is never copied: only a quantized weight has a use for it.
-    "F4": "4-bit floats", "F6_E2M3": "a 6-bit float", "F6_E3M2": "a 6-bit float",
-    "F8_E4M3FNUZ": "an FNUZ float, whose bits mean other values",
-    "F8_E5M2FNUZ": "an FNUZ float, whose bits mean other values",
-    "F8_E8M0": "an exponent that is the scale of no known weight",
+# What else a config may say of bytes and integers under a method, by key. With other values the
+# same tensors mean something else: vllm-project/compressed-tensors config/base.py; amd/Quark 0.13;
+# intel/auto-round 0.16.
+ACCEPTED = {
+    "compressed-tensors": {"format": words(
+        "dense naive-quantized float-quantized int-quantized mixed-precision pack-quantized "
+        "mxfp4-pack-quantized mxfp8-quantized nvfp4-pack-quantized")},
+    "auto-round": {"data_type": words("mx_fp mx_fp4 nv_fp nv_fp4 float")},
+    "quark": {"dtype": words("fp4 fp8_e4m3 fp8_e5m2 int8"), "scale_format": words("e8m0 float32")},
 }
-# The name of a scale, whoever wrote it, consists of these words, with at least one of the first.
-SCALE_WORDS = named("scale", "scales", "scaling", "absmax", "scb", "suh", "svh", "compressed",
-                    "wscale", "wscales", "wcscales", "wtscale", "qscales", "lut")
-OTHER_WORDS = named(
-    "weight", "weights", "inv", "inverse", "reciprocal", "factor", "factors", "block", "blocks",
-    "group", "channel", "global", "double", "quant", "quantized", "quantizer", "deq", "dequant",
-    "fp8", "fp4", "fp", "int", "int8", "per", "tensor", "row", "col", "w", "zeros", "and", "table",
-)
-# Endings that a tensor of codes may add to the name of its weight.
-CODES_ENDING = re.compile(
-    r"(^|[._]+)((q?weights?|packed|q?data|blocks|quant|quantized|values|float8|fp8|bitmask|trellis|"
-    r"W_q)([._]+|$))+$")
-# Names of integers that are codes whatever the method, and where a method but fp8 is named.
-CODES_NAME = re.compile(r"qweight|qzeros|W_q|.*(_packed|_qdata)", re.DOTALL)
-CODES_OR_WEIGHT_NAME = re.compile(rf"weight|.*_proj|{CODES_NAME.pattern}", re.DOTALL)
-TABLE_NAME = re.compile(r"(.*_)?(ids|index|idx|mask|table|tid2eid)", re.DOTALL)
-# Endings of names that say, after a weight's name, that the tensor takes part in its quantization.
-QUANTIZATION_ENDING = re.compile(
-    r"(.*[._])?(scales?|scale_?(inv|\d)|scales_inv|zero_points?|zp|q?zeros|g_idx|offset|shape|amax|"
-    r"absmax|rotation|trans|svd\w*|lora\w*|packed|qdata|codebook|blocks|bitmask|compressed|"
-    r"quant\w*)",
-    re.DOTALL,
-)
-ORPHAN_LEAF = re.compile(
-    r"weight_scale|qscale_weight|scale_weight|.*(_scale_inv|_scales_inv|_weight_scale)", re.DOTALL)
-DROPPED_ORPHANS = "_scale_inv", "_scales_inv"  # No model has a parameter of such a name.
-# Scales of the key-value cache and of attention (vllm-project/vllm model_loader/weight_utils.py),
-# of activations that layers share, and ComfyUI's mark.
-CACHE_SCALE = re.compile("[kvq]_scale|kv_scale|prob_scale|prob_output_scale|qscale_act|scaled_fp8")
-CACHE_OFFSET = {"k_bias": "k_scale", "v_bias": "v_scale"}  # ModelOpt's affine key-value cache.
-ATTENTION_ZERO = re.compile("[kvq]_zero_point")  # vllm-project/llm-compressor, FP8 attention
-# Quark's, auto-round's and SDNQ's keys; what they rotate offline (r1, r2) needs nothing.
-ROTATIONS = {"rotation_config", "hadamard_config", "use_hadamard", "online_r1_rotation", "r3", "r4"}
+
+OTHER_TOOL = "dequantize this checkpoint with the tool that made it"
+
+# evidence: what the files beside the shards say of the quantization
+
+# Keys of a config, at any depth, or of a shard's metadata that mark the weights as quantized.
+QUANTIZATION_KEYS = ["quantization_config", "compression_config", "_quantization_metadata",
+                     "expert_dtype", "moe_quant_algo"]
 UNKNOWN_METHODS = "quantization_bit", "quant_type", "dfloat11_config"  # keys of config.json itself
+# Quark's, auto-round's, SDNQ's and ComfyUI's keys; what Quark rotates offline (r1, r2) needs
+# nothing.
+ROTATIONS = words("rotation_config hadamard_config use_hadamard online_r1_rotation r3 r4 convrot")
+BLOCK_SIZES_LIMIT = 64  # A config may name so many block sizes.
+SMALL_LIMIT = 16 << 20  # Bytes of a tensor that planning reads: zero points, group indices, notes.
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the files beside the shards say of the quantization.
+
+    methods: every quant_method, {""} where there is none. facts: the texts that stand under each
+    key of a quantization config. block_sizes: rows and columns. int4_groups: group sizes of INT4, 0
+    for whole rows. heads: numbers of attention heads.
+    """
+
+    methods: frozenset[str]
+    facts: dict[str, set[str]]
+    block_sizes: tuple[tuple[int, int], ...]
+    int4_groups: tuple[int, ...]
+    heads: frozenset[int]
+
+    def __str__(self) -> str:
+        methods = sorted(self.methods - {""})
+        text = f"quant_method {', '.join(methods)}" if methods else "no quant_method"
+        semantics = sorted(self.facts.get(SEMANTICS, ()))
+        return text + "".join(f", {SEMANTICS} {value}" for value in semantics)
+
+
+def read_evidence(checkpoint: Checkpoint) -> Evidence:
+    """Collect what configs and notes say. Raises CheckpointError for what nobody can undo."""
+    config = checkpoint.files.get(CONFIG_NAME, {})
+    sections = [value for key, value in walk(config) if key in QUANTIZATION_KEYS]
+    sections += [checkpoint.files.get(SIDECAR_NAME), *read_notes(checkpoint)]
+    params, nvidia = (checkpoint.files.get(name, {}).get("quantization")
+                      for name in (PARAMS_NAME, NVIDIA_CONFIG_NAME))
+    facts, numbers = {}, {}
+    for key, value in walk([*sections, params, nvidia]):
+        if isinstance(value, str):
+            facts.setdefault(key, set()).add(value)
+        if problem := contradiction(key, value):
+            raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: {problem}; {OTHER_TOOL}")
+    for key, value in walk(config):
+        if isinstance(value, int):
+            numbers.setdefault(key, set()).add(value)
+    methods = facts.get("quant_method", set()) | facts.get("comfy_format", set())
+    methods |= {"modelopt"} if any(key == "quant_algo" for key, _ in walk(nvidia)) else set()
+    methods |= {"mistral"} if any(key == "qformat_weight" for key, _ in walk(params)) else set()
+    plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    methods |= {key for key, value in walk(plain) if key in UNKNOWN_METHODS and value}
+    heads, kv_heads, head_dims, widths = (numbers.get(key, set()) for key in (
+        "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"))
+    head_dims |= {width // count for width in widths for count in heads if count}
+    return Evidence(frozenset(methods or [""]), facts, read_block_sizes(sections),
+                    read_int4_groups(sections), frozenset((heads | kv_heads) - head_dims))
+
+
+def contradiction(key: str, value) -> str | None:
+    """Return why weights mean something else than their names and dtypes say, from a config."""
+    match key, value:
+        case "location", str() if not value.startswith("weight_"):
+            return "transform_config changes activations at run time"
+        case "sparsity_structure", str() if value not in ("dense", "unstructured", "0:0"):
+            return "sparsity_config has weights stored without their zeros"
+        case "quant_method", "sdnq":  # Disty0/sdnq src/sdnq/dequantizer.py
+            return "sdnq stores weights regrouped, transposed or rotated"
+        case "swap_weight_nibbles", _ if value:
+            return "swap_weight_nibbles has the codes of a byte in the other order"
+        case _ if key in ROTATIONS and value:
+            return f"{key} rotates weights or activations at run time"
+    return None
+
+
+def read_notes(checkpoint: Checkpoint) -> Iterator:
+    """Yield what shards say as configs do: in their metadata (ComfyUI, nunchaku), or in tensors of
+    bytes beside the weights (ComfyUI). The format that ComfyUI notes counts as a method.
+    """
+    texts = [(checkpoint.root / shard, metadata[key]) for key in QUANTIZATION_KEYS[:3]
+             for shard, metadata in checkpoint.shards.items() if key in metadata]
+    texts += [(tensor.path, read_small(tensor)) for tensor in checkpoint.tensors.values()
+              if tensor.leaf == "comfy_quant"]
+    for path, text in texts:
+        try:
+            value = json.loads(text)
+            notes = [*value.get("layers", {}).values(), *[value] * isinstance(text, bytes)]
+            formats = {str(note["format"]) for note in notes}
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: what ComfyUI notes there is not valid") from error
+        yield value
+        for name in formats:
+            if name not in ("float8_e4m3fn", "float8_e5m2"):
+                raise CheckpointError(f"{path}: is in ComfyUI's format {name}; only float8_e4m3fn "
+                                      "and float8_e5m2 can be undone with a scale")
+            yield {"comfy_format": name}
+
+
+def read_block_sizes(sections: list) -> tuple[tuple[int, int], ...]:
+    sizes = []
+    for key, value in walk(sections):
+        match key, value:
+            case "weight_block_size" | "block_structure", [int(rows), int(cols)]:
+                sizes.append((rows, cols))
+            case "block_structure", str() if m := re.fullmatch(r"(\d{1,9})x(\d{1,9})", value):
+                sizes.append((int(m[1]), int(m[2])))
+            case "group_size", int():
+                sizes.append((1, value))
+    known = dict.fromkeys(size for size in sizes if min(size) > 0 and max(size) < 1 << 31)
+    return tuple(known)[:BLOCK_SIZES_LIMIT]
+
+
+def read_int4_groups(sections: list) -> tuple[int, ...]:
+    """Return the group sizes of packed integers, or () if any of them is not symmetric INT4.
+
+    vllm-project/compressed-tensors: each group of layers may have its own format. W8A16 has the
+    same tensors as INT4, and its scales have shapes that would fit INT4, too.
+    """
+    sizes = []
+    for _, group in walk(sections):
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict) or weights.get("type", "int") != "int" or group.get(
+                "format") not in (None, "pack-quantized"):
+            continue
+        if weights.get("num_bits") != 4 or weights.get("symmetric", True) is not True:
+            return ()
+        size = weights.get("group_size")
+        sizes.append(size if isinstance(size, int) and size > 0 else 0)
+    return tuple(sizes)
+
+
+def read_small(tensor: Tensor) -> bytes:
+    if tensor.size > SMALL_LIMIT:
+        raise tensor.error(f"has {tensor.size} bytes; expected at most {SMALL_LIMIT}")
+    with naming(tensor.path), open(tensor.path, "rb") as file:
+        file.seek(tensor.start)
+        return file.read(tensor.size)
+
+
+def read_integers(tensor: Tensor) -> list[int]:
+    kind = {"I32": "i", "I64": "q"}.get(tensor.dtype)
+    if kind is None:
+        raise tensor.error(f"is {tensor.dtype}; expected I32 or I64")
+    return memoryview(read_small(tensor)).cast(kind).tolist()
+
+
+# grids: which scale belongs to which element
+
 BLOCK_SIZES = (16, 32, 64, 128, 256, 1)  # Seen in formats, for one axis each.
-COMFY = "ComfyUI's "  # Before the format that a note names, as if it were a method.
 EXACT_BLOCKS = ((1, 32), (1, 16), (1, 128))  # May stand beside the blocks that a config names.
 MAX_SLICES = 1024  # Tensor-parallel ranks that a fused weight may have been made for.
+
+
+def spellings(E: int, n: int, k: int, rows: int, cols: int) -> set[tuple[int, ...]]:
+    """Return the shapes in which writers store (n, k) scales of blocks for each of E experts."""
+    shapes = {(E, n, k), (E, n, 1, k, 1)}  # ModelOpt has the axes of length 1.
+    if E == 1:
+        shapes |= {(n, k), (n, 1, k, 1), (n, k, 1)}  # The last is musubi-tuner's.
+        return shapes | ({(n * k,)} if rows == 1 else set())  # auto-round: flattened
+    shapes |= {(E, n)} if k == rows == 1 else set()
+    shapes |= {(E, k)} if n == cols == 1 else set()
+    return shapes | ({(E,), (E, 1)} if n == k == 1 else set())
+
+
+@functools.cache  # Thousands of experts have the same shapes.
+def find_grids(shape: tuple[int, ...], scale_shape: tuple[int, ...],
+               block_sizes: tuple[tuple[int, int], ...] = (), groups: tuple[int, ...] = (),
+               transposed: bool = False, fused: bool = False) -> list[Grid]:
+    """Return the grids by which scales of one shape may cover a weight of another; one is right.
+
+    A weight is E experts of N rows and K columns; a matrix has E = 1. The first tier that fits
+    counts: one scale for all; per row, column or expert; one of block_sizes; a block size out of
+    BLOCK_SIZES on each axis. It is never computed from the shapes: 192 rows over 2 rows of scales
+    are blocks of 128, the second cut off, not blocks of 96. Per-row scales of a `transposed` weight
+    belong to its columns. The rows of a `fused` weight may consist of equal slices, one for each
+    tensor-parallel rank, and blocks start anew in each. If block_sizes are given and none fits,
+    only EXACT_BLOCKS are tried. `groups` of columns, 0 for whole rows, exclude all else.
+    """
+    if len(shape) > 3:  # a convolution: its scales are per tensor or per row
+        shape = (shape[0], math.prod(shape[1:]))
+    E, N, K = (1, 1, 1, *shape)[-3:]
+    if not E * N * K or (math.prod(scale_shape) == 1 and not groups):
+        return [Grid(E * N, K, max(E * N, 1), max(K, 1), slab_rows=max(E * N, 1))]
+    if transposed and E > 1:
+        scale_shape = (*scale_shape[:-2], *scale_shape[:-3:-1])
+    if len(scale_shape) > 3:  # ModelOpt: [n, 1, k, 1], whose blocks are 128x128
+        block_sizes += ((128, 128),)
+    sliced = [(N // count, *block) for block in block_sizes or [(128, 128)] if fused
+              for count in range(2, min(N, MAX_SLICES) + 1) if N % count == 0]
+    rest = [block for block in EXACT_BLOCKS if K % block[1] == 0]
+    rest = rest if block_sizes else itertools.product(BLOCK_SIZES, BLOCK_SIZES)
+    tiers = [[(N, 1, K), (N, N, 1), (N, N, K)], [(N, *block) for block in block_sizes],
+             sliced, [(N, *block) for block in rest]]
+    for tier in [[(N, 1, g or K) for g in groups if not g or K % g == 0]] if groups else tiers:
+        grids = {}
+        for slab, rows, cols in tier:
+            n, k = N // slab * ceil_div(slab, rows), ceil_div(K, cols)
+            if scale_shape in spellings(E, n, k, rows, cols):
+                # Sizes that differ only past the edges are the same blocks.
+                seen = slab, min(rows, slab), min(cols, K)
+                grids.setdefault(seen, Grid(E * N, K, rows, cols, slab))
+        if grids:
+            return [*grids.values()]
+    return []
+
+
+def explain_misfit(shape: tuple[int, ...], scale_shape: tuple[int, ...],
+                   block_sizes: tuple[tuple[int, int], ...]) -> str:
+    """Return what is special about scales that fit no grid of a weight, for an error message."""
+    rows, cols, text = math.prod(shape[:-1]), math.prod(shape[-1:]), ""
+    if block_sizes:
+        blocks, wanted = block_sizes[0], [*map(ceil_div, (1, 1, *shape)[-2:], block_sizes[0])]
+        text = f"; the config names blocks of {blocks[0]}x{blocks[1]}, which need {wanted}"
+    swapped = find_grids((*shape[:-2], *shape[:-3:-1]), scale_shape, (*block_sizes, (128, 128)))
+    if any(grid.block_cols < grid.cols for grid in swapped):
+        text += "; they fit the transposed weight"
+    tiles = {(32 * ceil_div(rows, 128), 16 * ceil_div(cols, 4 * group)) for group in (16, 32)}
+    if scale_shape in tiles:  # pytorch/ao prototype/mx_formats
+        text += "; they are swizzled, in the order of the GPU's tiles"
+    return text
+
+
+# match: each weight, its row, its scales
 
 
 class Quantization(NamedTuple):
@@ -544,222 +718,6 @@ class Quantization(NamedTuple):
     packed_cols: int = 0
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What the files beside the shards say of the quantization.
-
-    methods: every quant_method, {""} where there is none. facts: the texts that stand under each
-    key of a quantization config. block_sizes: rows and columns. int4_groups: group sizes of INT4, 0
-    for whole rows. heads: numbers of attention heads. notes: ComfyUI's, a format by module.
-    """
-
-    methods: frozenset[str]
-    facts: dict[str, set[str]]
-    block_sizes: tuple[tuple[int, int], ...]
-    int4_groups: tuple[int, ...]
-    heads: frozenset[int]
-    notes: dict[str, str]
-
-    def __str__(self) -> str:
-        methods = sorted(self.methods - {""})
-        text = f"quant_method {', '.join(methods)}" if methods else "no quant_method"
-        semantics = sorted(self.facts.get(SEMANTICS, ()))
-        return text + "".join(f", {SEMANTICS} {value}" for value in semantics)
-
-
-@functools.cache  # 100,000 tensors are called one of a few leaves.
-def fully(pattern: re.Pattern, text: str) -> re.Match | None:
-    return pattern.fullmatch(text)
-
-
-def walk(value) -> Iterator[tuple[str, object]]:
-    """Yield every key of a JSON value with what stands there, at any depth."""
-    queue = [value]
-    while queue:
-        value = queue.pop()
-        if isinstance(value, dict):
-            yield from value.items()
-            queue += value.values()
-        elif isinstance(value, list):
-            queue += value
-
-
-def read_evidence(checkpoint: Checkpoint) -> Evidence:
-    """Collect what configs and notes say. Raises CheckpointError for what nobody can undo."""
-    config = checkpoint.config
-    sections = [value for key, value in walk(config) if key in QUANTIZATION_KEYS]
-    sections += [checkpoint.sidecar or {}, *read_metadata(checkpoint)]
-    params = (checkpoint.params or {}).get("quantization") or {}
-    nvidia = (checkpoint.nvidia_config or {}).get("quantization") or {}
-    facts = {}
-    for key, value in walk([*sections, params, nvidia]):
-        if isinstance(value, str):
-            facts.setdefault(key, set()).add(value)
-        if (problem := contradiction(key, value)):
-            raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: {problem}; dequantize this "
-                                  "checkpoint with the tool that made it")
-    methods = set(facts.get("quant_method", ()))
-    methods |= {"modelopt"} if facts_of(nvidia, "quant_algo") else set()
-    methods |= {"mistral"} if facts_of(params, "qformat_weight") else set()
-    plain = {key: value for key, value in (config or {}).items() if key not in QUANTIZATION_KEYS}
-    methods |= {key for key, value in walk(plain) if key in UNKNOWN_METHODS and value}
-    counts = {key: {v for k, v in walk(config) if k == key and isinstance(v, int)}
-              for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")}
-    heads = counts["num_attention_heads"] | counts["num_key_value_heads"]
-    sizes = counts["head_dim"] | {size // n for size in counts["hidden_size"]
-                                  for n in counts["num_attention_heads"] if n}
-    return Evidence(frozenset(methods) or named(""), facts, read_block_sizes(checkpoint, sections),
-                    read_int4_groups(sections), frozenset(heads - sizes),
-                    read_notes(checkpoint))
-
-
-def read_metadata(checkpoint: Checkpoint) -> list:
-    """Return what the metadata of shards says as configs do (nunchaku)."""
-    found = []
-    for entries in checkpoint.shards.values():
-        for key in QUANTIZATION_KEYS[:2]:
-            with suppress(ValueError, RecursionError):
-                found.append(json.loads(entries.get(key, "null")))
-    return found
-
-
-def contradiction(key: str, value) -> str | None:
-    """Return why weights mean something else than their names and dtypes say, from a config."""
-    if not value:
-        return None
-    if key == "location" and not str(value).startswith("weight_"):
-        return "transform_config changes activations at run time"
-    if key == "sparsity_structure" and value not in ("dense", "unstructured", "0:0"):
-        return "sparsity_config has weights stored without their zeros"
-    if key == "swap_weight_nibbles":
-        return "swap_weight_nibbles has the codes of a byte in the other order"
-    if key in ROTATIONS:
-        return f"{key} rotates weights or activations at run time"
-    if key == "quant_method" and value == "sdnq":  # Disty0/sdnq src/sdnq/dequantizer.py
-        return "sdnq stores weights regrouped, transposed or rotated"
-    return None
-
-
-def facts_of(section, name: str) -> list[str]:
-    return [value for key, value in walk(section) if key == name and isinstance(value, str)]
-
-
-def read_block_sizes(checkpoint: Checkpoint, sections: list) -> tuple[tuple[int, int], ...]:
-    sizes = []
-    for key, value in walk(sections):
-        match key, value:
-            case "weight_block_size" | "block_structure", [int(rows), int(cols)]:
-                sizes.append((rows, cols))
-            case "block_structure", str() if m := re.fullmatch(r"(\d{1,9})x(\d{1,9})", value):
-                sizes.append((int(m[1]), int(m[2])))
-            case "group_size", int():
-                sizes.append((1, value))
-    sizes = tuple(dict.fromkeys(s for s in sizes if min(s) > 0 and max(s) < 1 << 31))
-    if len(sizes) > BLOCK_SIZES_LIMIT:
-        raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: names {len(sizes)} block sizes; "
-                              f"expected at most {BLOCK_SIZES_LIMIT}")
-    return sizes
-
-
-def read_int4_groups(sections: list) -> tuple[int, ...]:
-    """Return the group sizes of packed integers, or () if any of them is not symmetric INT4.
-
-    vllm-project/compressed-tensors: each group of layers may have its own format. W8A16 has the
-    same tensors as INT4, and its scales have shapes that would fit INT4, too.
-    """
-    sizes = []
-    for section in sections:
-        groups = section.get("config_groups") if isinstance(section, dict) else None
-        for group in groups.values() if isinstance(groups, dict) else ():
-            weights = group.get("weights") if isinstance(group, dict) else None
-            packing = isinstance(group, dict) and (group.get("format") or section.get("format"))
-            if not isinstance(weights, dict) or packing not in (None, "pack-quantized"):
-                continue
-            symmetric = weights.get("symmetric", True) is True  # as compressed-tensors takes it
-            if weights.get("num_bits") != 4 or not symmetric or weights.get("type", "int") != "int":
-                return ()
-            sizes.append(weights.get("group_size") or 0)
-    return tuple(size if isinstance(size, int) and size > 0 else 0 for size in sizes)
-
-
-def read_notes(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the formats that ComfyUI notes, by module.
-
-    A note is JSON, in a tensor of bytes beside the weight or in the metadata of a shard. Raises
-    CheckpointError for formats whose scales are stored in tiles or that need more than a scale.
-    """
-    notes, formats = {}, {}
-    known = {method.removeprefix(COMFY) for row in FORMATS for method in row.methods
-             if method.startswith(COMFY)}
-    try:
-        for shard, metadata in checkpoint.shards.items():
-            where = checkpoint.root / shard
-            layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
-            notes |= {module: (where, note) for module, note in layers.items()}
-        for tensor in checkpoint.tensors.values():
-            if tensor.leaf == "comfy_quant":
-                where = tensor.path
-                notes[tensor.module] = where, json.loads(read_small(tensor))
-        for module, (where, note) in notes.items():
-            formats[module] = str(note["format"])
-            if formats[module] not in known or note.get("convrot"):
-                raise CheckpointError(f"{where}: {module} is in ComfyUI's format "
-                                      f"{note['format']}; only {' and '.join(sorted(known))} can "
-                                      "be undone with a scale")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{where}: what ComfyUI notes there is not valid") from error
-    return formats
-
-
-def plain_cast(weight: Tensor) -> Quantization:
-    """Return how an FP8 weight is read that has no scale: as if it were 1."""
-    (grid,), _ = find_grids(weight.shape, (), ())
-    return Quantization(PLAIN_CAST, NUMBER_FORMATS[weight.dtype], weight.name, weight.shape, None,
-                        grid, packed_cols=grid.cols)
-
-
-def read_small(tensor: Tensor) -> bytes:
-    if (size := tensor.stop - tensor.start) > SMALL_LIMIT:
-        raise CheckpointError(f"{tensor.path}: {tensor.name} has {size} bytes; expected at most "
-                              f"{SMALL_LIMIT}")
-    with naming(tensor.path), open(tensor.path, "rb") as file:
-        file.seek(tensor.start)
-        return file.read(tensor.stop - tensor.start)
-
-
-# match: each candidate, its row, its scales
-
-
-@functools.cache  # Thousands of weights share a few names.
-def rows_for(dtype: str, tail: str) -> list[tuple[Format, str, str, str]]:
-    """Return the rows that store a tensor of this dtype under a name that ends so.
-
-    Each comes with the stem and the names of the scale and the global scale.
-    """
-    found = []
-    for row in FORMATS:
-        pattern = row.weight.replace("{}", r"(?P<stem>[^.]+)")
-        if dtype in row.containers and (match := re.fullmatch(pattern, tail, re.DOTALL)):
-            stem = match.groupdict().get("stem", "weight")
-            names = itertools.zip_longest(row.scale.split(), row.global_scale.split(), fillvalue="")
-            found += [(row, stem, scale.replace("{}", stem), factor.replace("{}", stem))
-                      for scale, factor in names]
-    return found
-
-
-def counts(row: Format, evidence: Evidence, module: str) -> bool:
-    """Return whether the configs let a row count for a weight of a module."""
-    methods = evidence.methods | {COMFY + evidence.notes.get(module, "")}
-    if evidence.facts.get(SEMANTICS, set()) != dict(row.requires).get(SEMANTICS, set()):
-        return False
-    return (
-        (row.containers <= F8 or not row.methods.isdisjoint(methods))
-        and all(not evidence.facts.get(key, set()).isdisjoint(values)
-                for key, values in row.requires)
-        and all(evidence.facts.get(key, set()) <= values for key, values in row.accepts)
-    )
-
-
 class Match(NamedTuple):
     """A row that fits a weight: what stands before the row's names, their stem, and the scales."""
 
@@ -767,58 +725,94 @@ class Match(NamedTuple):
     head: str
     stem: str
     scale: Tensor
-    factor: Tensor | None
+    global_scale: Tensor | None
+
+
+def plain_cast(weight: Tensor) -> Quantization:
+    """Return how an FP8 weight is read that has no scale: as if it were 1."""
+    (grid,) = find_grids(weight.shape, ())
+    return Quantization(PLAIN_CAST, NUMBER_FORMATS[weight.dtype], weight.name, weight.shape, None,
+                        grid, packed_cols=grid.cols)
+
+
+@functools.cache  # Thousands of weights share a few endings of names.
+def rows_for(dtype: str, ending: str) -> list[tuple[Format, int, str, str, str]]:
+    """Return the rows that store a tensor of this dtype under a name that ends so.
+
+    Each comes with the length of the row's own part of the name, the stem, and the names of the
+    scale and the global scale.
+    """
+    found = []
+    for row in FORMATS:
+        pattern = re.escape(row.weight).replace(r"\ ", "|").replace(r"\*", r"\d{1,9}")
+        pattern = pattern.replace(r"\{\}", r"(?P<stem>[^.]+)")
+        matched = re.search(rf"(?:^|\.)({pattern})\Z", ending)
+        if dtype in row.containers and matched:
+            stem = matched.groupdict().get("stem", "weight")
+            names = itertools.zip_longest(row.scale.split(), row.global_scale.split(), fillvalue="")
+            found += [(row, len(matched[1]), stem, *(name.replace("{}", stem) for name in pair))
+                      for pair in names]
+    return found
+
+
+def counts(row: Format, evidence: Evidence) -> bool:
+    """Return whether what the configs say lets a row apply."""
+    facts = evidence.facts
+    if row.requires and row.requires[1] not in facts.get(row.requires[0], ()):
+        return False
+    if SEMANTICS in facts and (facts[SEMANTICS] != {"inverse"} or not row.inverse):
+        return False
+    methods = row.methods & evidence.methods
+    return row.containers <= F8 or (bool(methods) and all(
+        facts.get(key, set()) <= values
+        for method in methods for key, values in ACCEPTED.get(method, {}).items()))
 
 
 def find_matches(weight: Tensor, checkpoint: Checkpoint, evidence: Evidence) -> list[Match]:
     """Return the first row that fits a weight, then those that fit it with another scale."""
     tensors, found = checkpoint.tensors, {}
-    head, tail = weight.name.removesuffix(weight.leaf), weight.leaf
-    for _ in range(3 if weight.dtype in F8 else 1):
-        for row, stem, scale_name, factor_name in rows_for(weight.dtype, tail):
-            scale = tensors.get(head + scale_name)
-            if scale is None or scale.dtype not in row.scale_dtypes or scale.name in found:
-                continue
-            factor = tensors.get(head + factor_name) if factor_name else None
-            fits = not factor_name or (factor and factor.dtype in FLOATS)
-            if fits and counts(row, evidence, weight.module):
-                found[scale.name] = Match(row, head, stem, scale, factor)
-        if found or not head:
-            break
-        above, dot, last = head[:-1].rpartition(".")
-        head, tail = above + dot, f"{last}.{tail}"
+    for row, size, stem, *names in rows_for(weight.dtype, ".".join(weight.name.split(".")[-3:])):
+        head = weight.name[: len(weight.name) - size]
+        scale, global_scale = (tensors.get(head + name) if name else None for name in names)
+        if scale is None or scale.dtype not in row.scale_dtypes or scale.name in found:
+            continue
+        if names[1] and not global_scale and weight.dtype not in F8:
+            continue
+        if counts(row, evidence) and not (global_scale and global_scale.dtype not in FLOATS):
+            found[scale.name] = Match(row, head, stem, scale, global_scale)
     if len(found) < 2:
         return [*found.values()]
     meant = [match for match in found.values() if match.row.methods & evidence.methods]
     if len(meant) != 1:
-        raise CheckpointError(f"{weight.path}: {weight.name} has two scales, "
-                              f"{' and '.join(found)}, and {CONFIG_NAME} names no quant_method "
-                              "that decides; remove the one that is not meant")
+        raise weight.error(f"has two scales, {' and '.join(found)}, and {CONFIG_NAME} names no "
+                           "quant_method that decides; remove the one that is not meant")
     return meant + [match for match in found.values() if match is not meant[0]]
 
 
 def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
              evidence: Evidence) -> Quantization:
     """Decide shape and grid of a weight. Raises CheckpointError where none or two grids fit."""
-    row, head, stem, scale, factor = match
+    row, head, stem, scale, global_scale = match
     number_format = row.number_format or NUMBER_FORMATS[weight.dtype]
     shape, packed_cols = shape_of(weight, match, number_format, checkpoint, evidence)
     matrix, first_row = place_in_stack(weight, scale) if row.stacked else (shape, 0)
-    grids, problem = grids_of(weight, row, matrix, scale.shape, evidence)
-    experts = grids[0].rows // grids[0].slab_rows if grids else 0
-    stacked = factor is None or fits_stack(factor, row, experts, shape)
-    if len(grids) != 1 or packed_cols % 2 or not stacked:
-        named = [f"{tensor.name} {list(tensor.shape)}" for tensor in (scale, factor) if tensor]
-        fit = ["no block size fits", "the grid fits, but not the rest", "two grids fit"]
-        raise CheckpointError(f"{weight.path}: {weight.name} is {list(shape)} ({number_format}, "
-                              f"{evidence}), scaled by {' and '.join(named)}: "
-                              f"{fit[min(len(grids), 2)]}{problem}; expected one scale per tensor, "
-                              "expert, row, column or block")
+    groups = evidence.int4_groups if number_format == "UINT4B8" else row.groups
+    grids = find_grids(matrix, scale.shape, evidence.block_sizes, groups, row.transposed,
+                       "qkv_proj" in weight.name)
+    if number_format == "INT8":  # Quark stores groups transposed, so that they span rows.
+        grids = [grid for grid in grids if grid.block_cols > 1 or grid.block_rows == 1]
+    fit = "the grid fits, but not the rest" if len(grids) == 1 else "two grids fit"
+    if not grids:
+        fit = "no block size fits" + explain_misfit(shape, scale.shape, evidence.block_sizes)
+    if len(grids) != 1 or packed_cols % 2 or not fits_stack(global_scale, row, grids[0], shape):
+        scales = [f"{tensor.name} {[*tensor.shape]}" for tensor in (scale, global_scale) if tensor]
+        raise weight.error(f"is {[*shape]} ({number_format}, {evidence}), scaled by "
+                           f"{' and '.join(scales)}: {fit}; expected one scale per tensor, expert, "
+                           "row, column or block")
     output = head + stem if "{}" in row.weight else weight.name
-    wrapped = output == f"{head}weight" != weight.name and head.endswith("_weight.")
-    if wrapped and "experts." in head:
+    if weight.leaf == "weight_packed" and re.search(r"experts\..*_weight\.\Z", head):
         output = head[:-1]  # A parameter that was wrapped in a module of its name (Inkling).
-    return Quantization(row, number_format, output, shape, scale, grids[0], factor, first_row,
+    return Quantization(row, number_format, output, shape, scale, grids[0], global_scale, first_row,
                         packed_cols or grids[0].cols)
 
 
@@ -827,48 +821,24 @@ def shape_of(weight: Tensor, match: Match, number_format: str, checkpoint: Check
     """Return the shape of a weight's values, and how many codes a row of a packed one has."""
     if kernel.FORMATS[number_format].codes_per_byte == 1:
         return weight.shape, 0
-    if weight.dtype == "F4":
+    if weight.dtype == "F4":  # whose shape safetensors counts in elements
         return weight.shape, math.prod(weight.shape[-1:])
-    packed_cols = 2 * CODE_BYTES[weight.dtype] * math.prod(weight.shape[-1:])
+    packed_cols = (8 if weight.dtype == "I32" else 2) * math.prod(weight.shape[-1:])
     if weight.dtype != "I32":
         return (*weight.shape[:-1], packed_cols), packed_cols
     if not evidence.int4_groups:
-        raise CheckpointError(f"{weight.path}: {weight.name} is packed, and {CONFIG_NAME} does not "
-                              "say that all such weights are symmetric with num_bits 4 (others "
-                              "have zero points, or fit the same shapes)")
+        raise weight.error(f"is packed, and {CONFIG_NAME} does not say that all such weights are "
+                           "symmetric with num_bits 4 (others have zero points, or fit the same "
+                           "shapes)")
+    # Rows fill whole int32, so how long they are stands beside them.
     stored = checkpoint.tensors.get(f"{match.head}{match.stem}_shape")
-    return read_shape(weight, stored, packed_cols), packed_cols
-
-
-def grids_of(weight: Tensor, row: Format, shape: tuple[int, ...], scale_shape: tuple[int, ...],
-             evidence: Evidence) -> tuple[list[Grid], str]:
-    """Return the grids that a row allows, of which one is right, and why there is none."""
-    groups = evidence.int4_groups if weight.dtype == "I32" else row.groups
-    if groups:
-        grids, problem = find_group_grids(shape, scale_shape, groups, weight.dtype == "I32"), ""
-    else:
-        grids, problem = find_grids(shape, scale_shape, evidence.block_sizes, row.transposed,
-                                    "qkv_proj" in weight.name)
-    if row.whole_rows or row.within_rows:
-        grids = [grid for grid in grids if grid.block_cols >= grid.cols or (row.within_rows and (
-            grid.block_rows == 1 or (grid.block_rows, grid.block_cols) in evidence.block_sizes))]
-    rows, cols = math.prod(shape[:-1]), math.prod(shape[-1:])
-    tiles = {(32 * ceil_div(rows, 128), 16 * ceil_div(cols, 4 * group)) for group in (16, 32)}
-    if not grids and scale_shape in tiles:  # pytorch/ao prototype/mx_formats
-        problem = "; they are swizzled, in the order of the GPU's tiles"
-    return grids, problem
-
-
-def read_shape(weight: Tensor, stored: Tensor | None, packed_cols: int) -> tuple[int, ...]:
-    """Return the shape of a weight whose rows fill whole int32, which is stored beside it."""
-    kind = {"I32": "i", "I64": "q"}.get(stored.dtype) if stored else None
-    if kind is None:
-        raise CheckpointError(f"{weight.path}: {weight.name} has no weight_shape beside it")
-    shape = (*memoryview(read_small(stored)).cast(kind),)
+    if stored is None:
+        raise weight.error("has no weight_shape beside it")
+    shape = (*read_integers(stored),)
     if shape[:-1] != weight.shape[:-1] or not packed_cols - 8 < shape[-1] <= packed_cols:
-        raise CheckpointError(f"{stored.path}: {stored.name} says {list(shape)}, but {weight.name} "
-                              f"is {list(weight.shape)}, eight codes in each")
-    return shape
+        raise stored.error(f"says {[*shape]}, but {weight.name} is {[*weight.shape]}, eight codes "
+                           "in each")
+    return shape, packed_cols
 
 
 def place_in_stack(weight: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]:
@@ -877,120 +847,51 @@ def place_in_stack(weight: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]
     parts = 1 if projection in ("down_proj", "w2") else 2
     experts, (rows, cols) = (*scale.shape, 0)[0], (*weight.shape, 0, 0)[:2]
     if int(expert) >= experts or len(weight.shape) != 2:
-        raise CheckpointError(f"{weight.path}: {weight.name} is {list(weight.shape)}, and "
-                              f"{scale.name} {list(scale.shape)} has no scales for it")
+        raise weight.error(f"is {[*weight.shape]}, and {scale.name} {[*scale.shape]} has no scales "
+                           "for it")
     first_row = (parts * int(expert) + (projection in ("up_proj", "w3"))) * rows
     return (experts, parts * rows, cols), first_row
 
 
-def fits_stack(factor: Tensor, row: Format, experts: int, shape: tuple[int, ...]) -> bool:
+def fits_stack(scale: Tensor | None, row: Format, grid: Grid, shape: tuple[int, ...]) -> bool:
     """Return whether global scales are one, one per expert, or ModelOpt's two, for gate and up."""
-    halves = row.global_scale == MODELOPT_GLOBAL and experts > 1 and not shape[-2] % 2
-    return math.prod(factor.shape) in (1, experts) or (halves and factor.shape == (experts, 2))
+    experts = grid.rows // grid.slab_rows
+    halves = row.global_scale == MODELOPT_GLOBAL and experts > 1 and shape[-2] % 2 == 0
+    return scale is None or math.prod(scale.shape) in (1, experts) or (
+        halves and scale.shape == (experts, 2))
 
 
-def find_group_grids(shape: tuple[int, ...], scale_shape: tuple[int, ...], groups: tuple[int, ...],
-                     exact: bool) -> list[Grid]:
-    """Return the grids of groups of columns, 0 for whole rows, that give the scales' shape."""
-    *stack, rows, cols = (1, 1, *shape)
-    experts, grids = math.prod(stack), []
-    for group in dict.fromkeys(group or cols for group in groups):
-        if scale_shape == (*shape[:-1], ceil_div(cols, group)) and not (exact and cols % group):
-            grids.append(Grid(experts * rows, cols, 1, group, slab_rows=max(1, rows)))
-    return grids
+# account: every tensor that takes part in a quantization is known
 
-
-@functools.cache  # Thousands of experts have the same shapes.
-def find_grids(
-    weight_shape: tuple[int, ...],
-    scale_shape: tuple[int, ...],
-    block_sizes: tuple[tuple[int, int], ...],
-    transposed: bool = False,
-    fused: bool = False,
-) -> tuple[list[Grid], str]:
-    """Return the grids by which scales of one shape may cover a weight of another; one is right.
-
-    A weight is E experts of N rows and K columns; a matrix has E = 1. The first match counts: one
-    scale for all; per expert, per row or per column; one of block_sizes; a block size out of
-    BLOCK_SIZES on each axis. It is never computed from the shapes: 192 rows over 2 rows of scales
-    are blocks of 128, the second cut off, not blocks of 96. Per-row scales of a `transposed` weight
-    belong to its columns. The rows of a `fused` weight may consist of equal slices, one for
-    each tensor-parallel rank, and blocks start anew in each. If block_sizes are given and none
-    fits, only EXACT_BLOCKS are tried. The second result, for an error message, says what was
-    expected.
-    """
-    if len(weight_shape) > 3:  # a convolution: its scales are per tensor or per row
-        weight_shape = (weight_shape[0], math.prod(weight_shape[1:]))
-    E, N, K = (1, 1, 1, *weight_shape)[-3:]
-    if math.prod(scale_shape) == 1 or not E * N * K:
-        return [Grid(E * N, K, max(E * N, 1), max(K, 1), slab_rows=max(E * N, 1))], ""
-    scale = squeezed(scale_shape, E)
-    if len(scale_shape) > 3:  # ModelOpt: [n, 1, k, 1], whose blocks are 128x128
-        block_sizes += ((128, 128),)
-    row, column, expert = (1, K), (N, 1), (N, K)
-    shapes = [((N,), row), ((N, 1), row), ((1, K), column)]
-    if E > 1:
-        shapes = [((E,), expert), ((E, 1), expert), ((E, 1, 1), expert)]
-        shapes += [((E, N), row), ((E, N, 1), row), ((E, K), column), ((E, 1, K), column)]
-        if transposed:
-            shapes = [((E, K, 1), column)]
-    if blocks := {block for shape, block in shapes if shape == scale}:
-        return [Grid(E * N, K, *block, slab_rows=N) for block in blocks], ""
-    if E > 1:
-        scale = scale[1:] if len(scale) == 3 and scale[0] == E else ()
-    elif len(scale) == 1:  # a flattened grid of row groups, as auto-round writes it
-        scale = (N, scale[0] // N) if not scale[0] % N else ()
-    if blocks := fitting_blocks(block_sizes, N, K, scale):
-        return [Grid(E * N, K, *block, slab_rows=N) for block in blocks], ""
-    if fused and E == 1 and (grids := find_sliced_grids(N, K, scale, block_sizes or ((128, 128),))):
-        return grids, ""
-    sizes = itertools.product(BLOCK_SIZES, BLOCK_SIZES)
-    problem = ""
-    if block_sizes:
-        sizes = [(rows, cols) for rows, cols in EXACT_BLOCKS if not K % cols]
-        rows, cols = block_sizes[0]
-        problem = (f"; the config names blocks of {rows}x{cols}, which need "
-                   f"{[ceil_div(N, rows), ceil_div(K, cols)]}")
-    blocks = fitting_blocks(sizes, N, K, scale)
-    if not blocks and fitting_blocks([*block_sizes, (128, 128)], K, N, scale):
-        problem += "; they fit the transposed weight"
-    return [Grid(E * N, K, *block, slab_rows=N) for block in blocks], problem
-
-
-def squeezed(shape: tuple[int, ...], experts: int) -> tuple[int, ...]:
-    """Return the shape of scales without the axes of length 1 that writers add."""
-    if len(shape) in (4, 5) and shape[-3] == shape[-1] == 1:  # ModelOpt: [n, 1, k, 1]
-        shape = (*shape[:-3], shape[-2])
-    while len(shape) > 1 and shape[0] == 1 and len(shape) > (3 if experts > 1 else 2):
-        shape = shape[1:]
-    if experts == 1 and len(shape) == 3 and shape[-1] == 1:  # musubi-tuner: [rows, blocks, 1]
-        shape = shape[:-1]
-    return shape
-
-
-def fitting_blocks(sizes: Iterable[tuple[int, int]], N: int, K: int,
-                   scale: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return the sizes that give this grid; those that differ only past its edges count once."""
-    blocks = {}
-    for rows, cols in sizes:
-        if (ceil_div(N, rows), ceil_div(K, cols)) == scale:
-            blocks.setdefault((min(rows, N), min(cols, K)), (rows, cols))
-    return [*blocks.values()]
-
-
-def find_sliced_grids(N: int, K: int, scale: tuple[int, ...],
-                      block_sizes: tuple[tuple[int, int], ...]) -> list[Grid]:
-    """Return the grids of a weight that was quantized in equal slices of rows (MiMo's qkv_proj)."""
-    return [
-        Grid(N, K, rows, cols, slab_rows=N // slices)
-        for rows, cols in dict.fromkeys(block_sizes)
-        for slices in range(2, min(N, MAX_SLICES) + 1)
-        if not N % slices
-        and (slices * ceil_div(N // slices, rows), ceil_div(K, cols)) == scale
-    ]
-
-
-# account: every tensor of a module whose weight is converted is known
+INTEGERS = words("I8 U8 I16 U16 I32 U32")  # I64, U64 and BOOL never hold codes.
+# What is never copied: only a quantized weight has a use for it. FNUZ bits mean other values.
+STRANGE_DTYPES = words("F4 F6_E2M3 F6_E3M2 F8_E4M3FNUZ F8_E5M2FNUZ F8_E8M0")
+# May stand beside any weight and are copied; `scale` only if it is not the weight's own scale.
+PARAMETERS = words("bias e_score_correction_bias correction_bias expert_bias scale tid2eid "
+                   "position_ids num_batches_tracked")
+# The name of a scale, whoever wrote it, is its weight's name and words of these two sets, with at
+# least one of the first.
+SCALE_WORDS = words("scale scales scaling absmax scb suh svh compressed wscale wscales wcscales "
+                    "wtscale qscale qscales lut")
+FILL_WORDS = words(
+    "weight weights inv inverse reciprocal factor factors block blocks group channel global double "
+    "quant quantized quantizer deq dequant fp fp8 fp4 int per tensor row col w zeros and table")
+# Words by which other tensors that take part in a quantization continue their weight's name, and
+# those that tensors of codes add to it.
+PART_WORDS = words("zero zp zeros qzeros idx offset shape amax rotation trans svd lora packed "
+                   "qdata codebook blocks bitmask quant quantized quantizer")
+CODE_WORDS = words("weight weights qweight qweights packed data qdata blocks quant quantized "
+                   "values float fp bitmask trellis")
+CODE_LEAF = re.compile(r"qweight|qzeros|W_q|.*(_packed|_qdata)", re.DOTALL)
+TABLE_LEAF = re.compile(r"(.*_)?(ids|index|idx|mask|table|tid2eid)", re.DOTALL)
+ORPHAN_LEAF = re.compile(
+    r"weight_scale|qscale_weight|scale_weight|.*(_scale_inv|_scales_inv|_weight_scale)", re.DOTALL)
+# Scales of the key-value cache and of attention (vllm-project/vllm model_loader/weight_utils.py),
+# of activations that layers share, and ComfyUI's mark.
+CACHE_SCALES = words("q_scale k_scale v_scale kv_scale prob_scale prob_output_scale qscale_act "
+                     "scaled_fp8")
+CACHE_OFFSETS = {"k_scale": "k_bias", "v_scale": "v_bias"}  # ModelOpt's affine key-value cache.
+ATTENTION_ZEROS = words("q_zero_point k_zero_point v_zero_point")  # vllm-project/llm-compressor
 
 
 @dataclass(frozen=True)
@@ -1020,20 +921,23 @@ def read_formats(checkpoint: Checkpoint) -> Reading:
                                   "were cut from")
     tensors, evidence = checkpoint.tensors, read_evidence(checkpoint)
     weights, dropped = match(checkpoint, evidence)
-    modules = {}
-    for tensor in tensors.values():
-        modules.setdefault(tensor.module, []).append(tensor)
     if weights or evidence.methods != {""} or any(t.dtype in F8 for t in tensors.values()):
-        drop_cache_scales(tensors, modules, evidence, dropped)
-    for name, quantization in weights.items():
-        account(tensors[name], quantization, modules, weights, dropped)
-    outputs = set(tensors)
+        dropped |= find_cache_scales(tensors, evidence)
+    beside, outputs, rest = {}, set(tensors), []
     for name, quantization in weights.items():
         if quantization.output != name and quantization.output in outputs:
-            raise CheckpointError(f"{tensors[name].path}: {name} becomes {quantization.output}, "
-                                  "which exists too")
+            raise tensors[name].error(f"becomes {quantization.output}, which exists too")
         outputs.add(quantization.output)
-    missing, orphans = judge_rest(checkpoint, evidence, weights, dropped)
+        for module in {tensors[name].module, name, quantization.output}:
+            beside.setdefault(module, []).append((tensors[name], quantization))
+    for name, tensor in tensors.items():
+        if name in weights or name in dropped:
+            continue
+        if sum(is_side(tensor, *weight) for weight in beside.get(tensor.module, ())):
+            dropped[name] = tensor
+        else:
+            rest.append(tensor)
+    missing, orphans = judge_rest(rest, evidence)
     dropped |= {tensor.name: tensor for tensor in orphans}
     return Reading(weights, dropped, orphans, missing)
 
@@ -1044,71 +948,54 @@ def match(checkpoint: Checkpoint,
     weights, scales = {}, {}
     for tensor in checkpoint.tensors.values():
         found = find_matches(tensor, checkpoint, evidence) if tensor.dtype in CONTAINERS else ()
-        if found:
-            first, *rivals = found
+        for first in found[:1]:
             weights[tensor.name] = quantize(tensor, first, checkpoint, evidence)
-            used = [first.scale, first.factor]
+            used = [first.scale, first.global_scale]
             # A rival may be a parameter that is only called `scale`.
-            used += [rival.scale for rival in rivals if "weight" in rival.scale.leaf]
+            used += [rival.scale for rival in found[1:] if "weight" in rival.scale.leaf]
             scales.update((scale.name, scale) for scale in used if scale)
     for name in weights.keys() & scales.keys():
-        raise CheckpointError(f"{scales[name].path}: {name} is the scale of a weight and has a "
-                              "scale itself; no known format stores them so")
+        raise scales[name].error("is the scale of a weight and has a scale itself; no known format "
+                                 "stores them so")
     return weights, scales
 
 
-def drop_cache_scales(tensors: dict[str, Tensor], modules: dict[str, list[Tensor]],
-                      evidence: Evidence, dropped: dict[str, Tensor]) -> None:
-    """Drop what serves a quantized key-value cache: one scale, or one for each head.
+def find_cache_scales(tensors: dict[str, Tensor], evidence: Evidence) -> dict[str, Tensor]:
+    """Return what serves a quantized key-value cache: one scale, or one for each head.
 
     A parameter may be called so, too (lucidrains/local-attention has a q_scale as long as a head).
     """
-    offsets = []
-    for tensor in tensors.values():
-        if fully(CACHE_SCALE, tensor.leaf):
-            count = math.prod(tensor.shape)
-            if count in ({0, 1, 2} if tensor.leaf == "scaled_fp8" else {1} | evidence.heads):
-                dropped[tensor.name] = tensor
-        elif tensor.leaf in CACHE_OFFSET or fully(ATTENTION_ZERO, tensor.leaf):
-            offsets.append(tensor)
-    for tensor in offsets:
-        if tensor.leaf in CACHE_OFFSET:
-            beside = {other.leaf for other in modules[tensor.module] if other.name in dropped}
-            if CACHE_OFFSET[tensor.leaf] in beside:
-                dropped[tensor.name] = tensor
-        else:
-            require_zero(tensor, bytes(1))
-            dropped[tensor.name] = tensor
+    found = {}
+    for name, tensor in tensors.items():
+        sizes = {0, 1, 2} if tensor.leaf == "scaled_fp8" else {1} | evidence.heads
+        if tensor.leaf in ATTENTION_ZEROS:
+            require_zero(tensor, b"\0")
+        elif tensor.leaf not in CACHE_SCALES or math.prod(tensor.shape) not in sizes:
+            continue
+        offset = name.removesuffix(tensor.leaf) + CACHE_OFFSETS.get(tensor.leaf, tensor.leaf)
+        found |= {key: tensors[key] for key in (name, offset) if key in tensors}
+    return found
 
 
-def account(weight: Tensor, quantization: Quantization, modules: dict[str, list[Tensor]],
-            weights: dict[str, Quantization], dropped: dict[str, Tensor]) -> None:
-    """Drop the side tensors of a weight. Raises CheckpointError for what would have to be applied.
+def is_side(tensor: Tensor, weight: Tensor, quantization: Quantization) -> bool:
+    """Return whether a tensor near a weight is dropped with it.
 
-    If the module is the weight's own, every tensor in it must be known. If the weight is one of
-    several parameters, only tensors named like it plus a quantization ending must be.
+    Raises CheckpointError for what would have to be applied. If the module is the weight's own,
+    every tensor in it must be known. If the weight is one of several parameters, only tensors
+    named like it plus words of quantization must be.
     """
-    stem = quantization.output.removeprefix(weight.module).removeprefix(".")
     own = weight.leaf in ("weight", "weight_packed", "_weight_qdata") and weight.module
+    stem = quantization.output.removeprefix(weight.module).removeprefix(".")
     stem = "weight" if own or weight.leaf == "weight" else stem
-    sides = side_names(quantization.row, stem)
-    beside = [(other, other.leaf) for other in modules[weight.module]]
-    for inner in dict.fromkeys((weight.name, quantization.output)):
-        beside += [(other, f"{inner[len(weight.module) :].lstrip('.')}.{other.leaf}")
-                   for other in modules.get(inner, ()) if inner != weight.module]
-    for other, place in beside:
-        if other.name in dropped or other.name in weights:
-            continue
-        if place in sides:
-            check_side(other, quantization)
-            dropped[other.name] = other
-        elif other.leaf in PARAMETERS or place == f"{stem}_bias":
-            continue
-        elif own or is_continued(place, stem):
-            raise CheckpointError(f"{other.path}: {other.name} stands beside {weight.name} "
-                                  f"({quantization.row.title}), and no known format has it; it "
-                                  "would have to be applied; dequantize this checkpoint with the "
-                                  "tool that made it")
+    place = tensor.name.removeprefix(weight.name.removesuffix(weight.leaf))
+    if place in side_names(quantization.row, stem):
+        check_side(tensor, quantization)
+        return True
+    if tensor.leaf not in PARAMETERS and place != f"{stem}_bias" and (
+            own or not words_after(stem, place).isdisjoint(SCALE_WORDS | PART_WORDS)):
+        raise tensor.error(f"stands beside {weight.name} ({quantization.row.title}), and no known "
+                           f"format has it; it would have to be applied; {OTHER_TOOL}")
+    return False
 
 
 @functools.cache
@@ -1116,16 +1003,38 @@ def side_names(row: Format, stem: str) -> frozenset[str]:
     """Return what the side tensors of a row are called beside a weight with this stem."""
     prefixes = {stem.removesuffix("weight") if stem.endswith("weight") else f"{stem}_"}
     prefixes |= {f"{stem}_"} if stem != "weight" else set()
-    own = {side.replace("{}", stem) for side in row.sides if "{}" in side}
-    own |= {prefix + side for prefix in prefixes for side in row.sides if "{}" not in side}
+    sides = SIDES | row.sides
+    own = {side.replace("{}", stem) for side in sides if "{}" in side}
+    own |= {prefix + side for prefix in prefixes for side in sides if "{}" not in side}
     return frozenset(own | {f"_{side}" for side in own})  # torchao begins its names so
 
 
-def is_continued(name: str, stem: str) -> bool:
-    """Return whether a name is a stem with an ending of quantization, as `up_proj_zero_point`."""
+def words_of(name: str) -> list[str]:
+    """Return the words of a name in lower case, without the numbers at their ends."""
+    found = re.split(r"[._]+", name.lower().strip("._"))
+    return [word.rstrip("0123456789") for word in found]
+
+
+def words_after(base: str, name: str) -> frozenset[str]:
+    """Return the words by which a name continues another."""
     name = name.removeprefix("_")
-    rest = name[len(stem) + 1 :]
-    return name.startswith((stem + "_", stem + ".")) and bool(fully(QUANTIZATION_ENDING, rest))
+    if not name.startswith((f"{base}.", f"{base}_")):
+        return frozenset()
+    return frozenset(words_of(name[len(base) :]))
+
+
+def bases_of(name: str, known: frozenset[str], needed: frozenset[str]) -> Iterator[str]:
+    """Yield what is left of a name without known words at its end, of which one is needed."""
+    found = False
+    while name:
+        name = name.rstrip("._")
+        at = max(name.rfind("."), name.rfind("_"))
+        (word,) = words_of(name[at + 1 :])
+        if word not in known:
+            return
+        found, name = found or word in needed, name[: max(at, 0)].rstrip("._")
+        if found:
+            yield name
 
 
 def check_side(side: Tensor, quantization: Quantization) -> None:
@@ -1134,120 +1043,73 @@ def check_side(side: Tensor, quantization: Quantization) -> None:
         packed = quantization.number_format == "UINT4B8" and side.dtype == "I32"
         require_zero(side, b"\x88" if packed else b"\0")  # packed as the codes are: 8 is zero
     elif side.leaf.endswith("g_idx"):
-        kind = {"I32": "i", "I64": "q"}.get(side.dtype)
-        groups = [*memoryview(read_small(side)).cast(kind)] if kind else [1, 0]
+        groups = read_integers(side)
         in_order = [col // quantization.grid.block_cols for col in range(len(groups))]
         if groups not in (in_order, [-1] * len(groups)):
-            raise CheckpointError(f"{side.path}: {side.name} reorders the groups of columns; that "
-                                  "is not supported")
+            raise side.error("reorders the groups of columns; that is not supported")
 
 
 def require_zero(tensor: Tensor, zero: bytes) -> None:
     if read_small(tensor).strip(zero):
-        raise CheckpointError(f"{tensor.path}: {tensor.name} is not all zero; asymmetric formats "
-                              "are not supported")
+        raise tensor.error("is not all zero; asymmetric formats are not supported")
 
 
-def judge_rest(checkpoint: Checkpoint, evidence: Evidence, weights: dict[str, Quantization],
-               dropped: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return FP8 weights without a scale and scales without a weight among what matched no row.
+def judge_rest(rest: list[Tensor], evidence: Evidence) -> tuple[list[Tensor], list[Tensor]]:
+    """Return FP8 weights without a scale, and scales of no weight, among what matched no row.
 
     Raises CheckpointError for whatever else looks quantized: it would be left half converted.
     """
-    rest = [tensor for name, tensor in checkpoint.tensors.items()
-            if name not in weights and name not in dropped]
-    rest.sort(key=lambda tensor: is_scale(tensor.leaf))  # An error is to name the weight.
-    names, missing = sorted(checkpoint.tensors), []
-    strange = bool(evidence.methods - {"fp8", ""})
-    unknown_method = bool(evidence.methods - KNOWN_METHODS)
+    codes, missing, orphans = {}, [], []  # codes: by all names that their scale may continue
     for tensor in rest:
-        integers = tensor.dtype in INTEGERS and len(tensor.shape) > 1
-        codes = tensor.dtype in F8 or integers or (
-            tensor.dtype in INTEGERS and tensor.leaf == "weight")
-        partner = find_partner(tensor, names, dropped) if codes else None
-        name = CODES_OR_WEIGHT_NAME if strange else CODES_NAME
-        like_codes = integers and tensor.dtype[1:] != "16" and bool(fully(name, tensor.leaf))
-        unknown = integers and unknown_method and not fully(TABLE_NAME, tensor.leaf)
-        noted = tensor.dtype == "U8" and tensor.module in evidence.notes and integers
-        if partner or like_codes or unknown or noted:
-            beside = f", beside {partner}" if partner else ""
-            hint = "" if tensor.dtype in F8 else "only the config could tell what it means; "
-            stored = f"; {partner} is {checkpoint.tensors[partner].dtype}" if partner else ""
-            raise CheckpointError(f"{tensor.path}: {tensor.name} ({tensor.dtype}{beside}) looks "
-                                  f"quantized, in no format known here ({evidence}){stored}; "
-                                  f"{hint}dequantize this checkpoint with the tool that made it")
-        if tensor.dtype in STRANGE_DTYPES:
-            raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}, "
-                                  f"{STRANGE_DTYPES[tensor.dtype]}, in no format known here "
-                                  f"({evidence}); dequantize this checkpoint with the tool that "
-                                  "made it")
+        if tensor.dtype in F8 or (tensor.dtype in INTEGERS and (
+                len(tensor.shape) > 1 or tensor.leaf == "weight")):
+            bases = bases_of(tensor.name, CODE_WORDS, CODE_WORDS)
+            codes |= dict.fromkeys([tensor.name, *bases], tensor)
         if tensor.dtype in F8:
-            if tensor.leaf in ALL_SIDES:
-                raise CheckpointError(f"{tensor.path}: {tensor.name} is {tensor.dtype}, but named "
-                                      "like what serves a quantized weight, and there is none")
             missing.append(tensor)
-    return missing, find_orphans(rest, missing)
-
-
-def find_orphans(rest: list[Tensor], missing: list[Tensor]) -> list[Tensor]:
-    """Return the scales of no weight that no model has as a parameter.
-
-    Raises CheckpointError for one in whose module FP8 weights have no scale: it must be theirs.
-    """
-    orphans, without = [], sorted(tensor.name for tensor in missing)
     for tensor in rest:
-        if tensor.dtype in F8 or not fully(ORPHAN_LEAF, tensor.leaf):
+        bases = bases_of(tensor.name, SCALE_WORDS | FILL_WORDS | {""}, SCALE_WORDS)
+        weight = next((codes[base] for base in bases if base in codes), tensor)
+        side = tensor.dtype in F8 and tensor.leaf in side_names(PLAIN_CAST, "weight")
+        if weight is not tensor or side or like_codes(tensor, evidence):
+            beside = f", beside {tensor.name}" if weight is not tensor else ""
+            hint = "" if weight.dtype in F8 else "; only the config could tell what it means"
+            raise weight.error(f"({weight.dtype}{beside}) looks quantized, in no format known here "
+                               f"({evidence}){hint}; {OTHER_TOOL}")
+    without = sorted(tensor.name for tensor in missing)
+    for tensor in rest:
+        if tensor.dtype in F8 or not ORPHAN_LEAF.fullmatch(tensor.leaf):
             continue
         inside = tensor.module + "."
         at = bisect_left(without, inside)
         if tensor.module and at < len(without) and without[at].startswith(inside):
-            raise CheckpointError(f"{tensor.path}: {tensor.name} is a scale of no weight, while "
-                                  f"{without[at]} is FP8 and has none; no known format stores them "
-                                  "so; dequantize this checkpoint with the tool that made it")
-        if tensor.leaf.endswith(DROPPED_ORPHANS):
+            raise tensor.error(f"is a scale of no weight, while {without[at]} is FP8 and has none; "
+                               f"no known format stores them so; {OTHER_TOOL}")
+        if tensor.leaf.endswith(("_scale_inv", "_scales_inv")):  # No parameter is called so.
             orphans.append(tensor)
-    return orphans
+    return missing, orphans
 
 
-def find_partner(weight: Tensor, names: list[str], dropped: dict[str, Tensor]) -> str | None:
-    """Return a tensor that is named like the scale of a weight, by whatever convention.
-
-    Its name is the weight's, with or without the ending for codes, followed by words about scales
-    only. One such word among others is not enough (`scale_shift_table`).
-    """
-    for base in dict.fromkeys((CODES_ENDING.sub("", weight.name), weight.name)):
-        for start in (f"{base}.", f"{base}_") if base else ("",):
-            for at in range(bisect_left(names, start), len(names)):
-                if not names[at].startswith(start):
-                    break
-                rest = names[at].removeprefix(start)
-                goes_on = f"{base}.{rest}".startswith(f"{weight.module}.weight.scale")
-                known = names[at] in dropped or names[at] == weight.name
-                if (goes_on or is_scale(rest)) and not known:
-                    return names[at]
-    return None
-
-
-@functools.cache
-def is_scale(text: str) -> bool:
-    words = {*re.split(r"[._]+", text.lower().strip("._"))}
-    known = SCALE_WORDS | OTHER_WORDS | {"2"}
-    words = {word if word in known else word.rstrip("0123456789") for word in words}
-    return not words.isdisjoint(SCALE_WORDS) and words <= known
+def like_codes(tensor: Tensor, evidence: Evidence) -> bool:
+    """Return whether a tensor can only be codes, by its dtype, or its name and the methods."""
+    if tensor.dtype not in INTEGERS or len(tensor.shape) < 2:
+        return tensor.dtype in STRANGE_DTYPES
+    if evidence.methods - KNOWN_METHODS and not TABLE_LEAF.fullmatch(tensor.leaf):
+        return True
+    weight = tensor.leaf == "weight" or tensor.leaf.endswith("_proj")
+    return "16" not in tensor.dtype and bool(
+        CODE_LEAF.fullmatch(tensor.leaf) or (weight and evidence.methods - {"fp8", ""}))
 
 
 # --- plan: what every byte of the output will be ---
 
 # The order in which safetensors' own writer lays out tensors: larger elements first, so that every
 # tensor is aligned to its element size. Within a dtype they stand by name.
-DTYPE_NAMES = (
+DTYPE_ORDER = (
     "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 "
-    "I8 U8 F6_E3M2 F6_E2M3 F4 BOOL"
-)
-DTYPE_ORDER = {dtype: place for place, dtype in enumerate(DTYPE_NAMES.split())}
+    "I8 U8 F6_E3M2 F6_E2M3 F4 BOOL").split()
 DATA_ALIGNMENT = 64  # Bytes: GPUs load 16 at once where all tensors start at a multiple of that.
-FINGERPRINT_KEY = "fp8_cast_bf16"
-NO_FINGERPRINT = "0" * 16  # Stands in a planned header until the shard is written.
+FINGERPRINT_KEY, NO_FINGERPRINT = "fp8_cast_bf16", "0" * 16  # The zeros stand in planned headers.
 MISSING_SCALE = ["keep", "cast", "error"]
 
 
@@ -1273,9 +1135,9 @@ class Shard:
 
     def sealed(self, fingerprint: str) -> bytes:
         """Return the header with a fingerprint."""
-        entry = f'"{FINGERPRINT_KEY}":"{NO_FINGERPRINT}"'.encode()
-        sealed = entry.replace(NO_FINGERPRINT.encode(), fingerprint.encode())
-        return self.header.replace(entry, sealed)
+        before, after = (f'"{FINGERPRINT_KEY}":"{text}"'.encode()
+                         for text in (NO_FINGERPRINT, fingerprint))
+        return self.header.replace(before, after)
 
 
 @dataclass(frozen=True)
@@ -1285,7 +1147,6 @@ class Plan:
     checkpoint: Checkpoint
     shards: list[Shard]
     reading: Reading
-    missing_scale: str
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -1305,9 +1166,8 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
     reading = read_formats(checkpoint)
     weights, missing = dict(reading.weights), reading.missing
     if missing and missing_scale == "error":
-        raise CheckpointError(f"{missing[0].path}: {missing[0].name} has no scale, one of "
-                              f"{len(missing)} weights; --missing-scale keep leaves them FP8, "
-                              "cast takes their scale as 1")
+        raise missing[0].error(f"has no scale, one of {len(missing)} weights; --missing-scale keep "
+                               "leaves them FP8, cast takes their scale as 1")
     if missing_scale == "cast":
         weights |= {weight.name: plain_cast(weight) for weight in missing}
     kept = {name: [] for name in checkpoint.shards}
@@ -1318,7 +1178,7 @@ def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
         raise CheckpointError(f"{checkpoint.root}: holds no tensors; give the checkpoint's folder")
     shards = [plan_shard(name, checkpoint.shards[name], members, weights)
               for name, members in kept.items() if members]
-    return Plan(checkpoint, shards, reading, missing_scale)
+    return Plan(checkpoint, shards, reading)
 
 
 def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
@@ -1326,20 +1186,22 @@ def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
     """Lay out an output shard in the order in which safetensors.torch.save_file would."""
     steps = []
     for tensor in tensors:
-        quantization, size = weights.get(tensor.name), tensor.stop - tensor.start
-        output = tensor._replace(path=Path(name), start=0, stop=size)
+        quantization, output = weights.get(tensor.name), tensor._replace(path=Path(name))
         if quantization:
-            module, _, leaf = quantization.output.rpartition(".")
-            output = Tensor(quantization.output, module, leaf, "BF16", quantization.shape,
-                            Path(name), 0, 2 * math.prod(quantization.shape))
+            output = Tensor(quantization.output, "BF16", quantization.shape, Path(name), 0,
+                            2 * math.prod(quantization.shape))
         steps.append(Step(output, tensor, quantization))
-    steps.sort(key=lambda step: (DTYPE_ORDER[step.output.dtype], step.output.name))
-    offsets = [*itertools.accumulate((step.output.stop for step in steps), initial=0)]
-    own = {"format": "pt", FINGERPRINT_KEY: NO_FINGERPRINT}
-    header = {"__metadata__": dict(sorted({**plain_metadata(metadata), **own}.items()))}
-    for step, place in zip(steps, pairwise(offsets), strict=True):
+    steps.sort(key=lambda step: (DTYPE_ORDER.index(step.output.dtype), step.output.name))
+    # Without what only a reader of quantized tensors needs: pytorch/ao prototype/safetensors
+    # describes each tensor by JSON with a _type.
+    kept = {key: text for key, text in metadata.items()
+            if key not in [*QUANTIZATION_KEYS, "tensor_names"] and '"_type"' not in text}
+    kept |= {"format": "pt", FINGERPRINT_KEY: NO_FINGERPRINT}
+    header, end = {"__metadata__": dict(sorted(kept.items()))}, 0
+    for step in steps:
+        start, end = end, end + step.output.size
         header[step.output.name] = {"dtype": step.output.dtype, "shape": step.output.shape,
-                                    "data_offsets": place}
+                                    "data_offsets": (start, end)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
     longest = max((size for step in steps for size in step.output.shape), default=0)
@@ -1347,31 +1209,11 @@ def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
         raise CheckpointError(f"{tensors[0].path}: its header or a tensor would be longer in BF16 "
                               "than safetensors allows")
     text = len(text).to_bytes(8, "little") + text
-    return Shard(name, text, [
-        step._replace(output=step.output._replace(start=len(text) + start, stop=len(text) + stop))
-        for step, (start, stop) in zip(steps, pairwise(offsets), strict=True)
-    ])
-
-
-def find_apart_experts(plan: Plan) -> str | None:
-    """Return a weight of one expert where the architecture's own checkpoints have them in one."""
-    kinds = {value for key, value in walk(plan.checkpoint.config) if key == "model_type"
-             and isinstance(value, str)}
-    apart = "" if kinds & {"gpt_oss", "llama4", "llama4_text"} else None
-    apart = "w[123]" if "mixtral" in kinds else apart
-    pattern = re.compile(rf".*experts\.\d+\.(?!({apart})\b).*\.weight" if apart else
-                         r".*experts\.\d+\..*", re.DOTALL)
-    names = (step.output.name for step in plan.steps) if apart is not None else ()
-    return next((name for name in names if pattern.fullmatch(name)), None)
-
-
-def plain_metadata(metadata: dict[str, str]) -> dict[str, str]:
-    """Return a shard's metadata without what only a reader of quantized tensors needs.
-
-    pytorch/ao prototype/safetensors describes each tensor by JSON with a _type.
-    """
-    return {key: text for key, text in metadata.items()
-            if key not in [*QUANTIZATION_KEYS, "tensor_names"] and '"_type"' not in text}
+    placed = []
+    for step in steps:
+        start, stop = (len(text) + offset for offset in header[step.output.name]["data_offsets"])
+        placed.append(step._replace(output=step.output._replace(start=start, stop=stop)))
+    return Shard(name, text, placed)
 
 
 class Ranks(NamedTuple):
@@ -1381,6 +1223,9 @@ class Ranks(NamedTuple):
     count: int = 1
     local_rank: int = 0
     local_count: int = 1
+
+
+ALONE = Ranks()
 
 
 def shards_of_rank(shards: list[Shard], rank: int, ranks: int) -> list[Shard]:
@@ -1404,6 +1249,7 @@ PAGE = 4096  # The alignment that direct I/O asks of offsets, lengths and memory
 OPEN_FILES = 8  # A worker holds at most so many files open: its shard and those of scales.
 NONFINITE = ["NaN", "infinite"]
 PHASES = ["reading", "decoding", "writing", "syncing"]
+CPU = torch.device("cpu")
 
 
 def page_aligned(size: int, pinned: bool) -> torch.Tensor:
@@ -1419,8 +1265,7 @@ def page_aligned(size: int, pinned: bool) -> torch.Tensor:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
-    size = tensor.numel() * tensor.element_size()
-    memory = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
+    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
     memory.owner = tensor  # lives as long as the view
     return memoryview(memory).cast("B")
 
@@ -1436,13 +1281,12 @@ class Worker:
     nonfinite: how many values of a weight are of one of the kinds NONFINITE.
     """
 
-    def __init__(self, device: torch.device, window: int):
+    def __init__(self, device: torch.device = CPU, window: int = 0):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.out = page_aligned(window, self.stream is not None)
         self.memory, self.files = {}, {}
-        self.nonfinite = Counter()
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.nonfinite, self.seconds = Counter(), Counter()
 
     @contextmanager
     def timed(self, phase: str):
@@ -1471,6 +1315,11 @@ class Worker:
                     raise CheckpointError(f"{path}: ends at byte {path.stat().st_size}; it was cut")
                 view = view[size:]
         return into
+
+    def elements(self, name: str, tensor: Tensor, first: int, count: int) -> torch.Tensor:
+        """Return the bytes of `count` elements of a tensor from `first` on, in scratch memory."""
+        memory = self.scratch(name, count * tensor.element_size)
+        return self.read(tensor.path, tensor.start + first * tensor.element_size, memory)
 
     def close(self) -> None:
         for file in self.files.values():
@@ -1516,58 +1365,40 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
             worker.close()
 
 
-def steps_between(shard: Shard, start: int, stop: int) -> list[Step]:
-    first = bisect_right(shard.steps, start, key=lambda step: step.output.stop)
-    return shard.steps[first : bisect_left(shard.steps, stop, key=lambda step: step.output.start)]
-
-
 def render(shard: Shard, header: bytes, start: int, stop: int, worker: Worker) -> torch.Tensor:
     """Return the bytes [start, stop) of a shard, uint8, in the worker's buffer."""
-    out = worker.out[: stop - start]
-    head = header[start:stop]
+    out, head = worker.out[: stop - start], header[start:stop]
     as_bytes(out)[: len(head)] = head
-    for step in steps_between(shard, start, stop):
+    first = bisect_right(shard.steps, start, key=lambda step: step.output.stop)
+    last = bisect_left(shard.steps, stop, key=lambda step: step.output.start)
+    for step in shard.steps[first:last]:
         begin, end = max(step.output.start, start), min(step.output.stop, stop)
-        into = out[begin - start : end - start]
+        into, begin, end = out[begin - start : end - start], *(
+            place - step.output.start for place in (begin, end))
         if step.quantization is None:
-            worker.read(step.source.path, step.source.start + begin - step.output.start, into)
+            worker.read(step.source.path, step.source.start + begin, into)
         else:
-            begin, end = (begin - step.output.start) // 2, (end - step.output.start) // 2
-            render_weight(step, begin, end, into.view(torch.bfloat16), worker)
+            render_weight(step, begin // 2, end // 2, into.view(torch.bfloat16), worker)
     return out
 
 
 def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
     """Fill `out`, bfloat16, with the elements [start, stop) of a weight."""
     quantization = step.quantization
-    grid, at, first_row = quantization.grid, 0, quantization.first_row
+    grid, at = quantization.grid, 0
     limit = kernel.MAX_PIECE if worker.stream is None else len(worker.out) // 2
     for row, col, M, N in pieces(start, stop, grid.cols, limit):
         codes = read_codes(step, row, col, M, N, worker)
-        region = grid.scale_region(first_row + row, col, M, N)
-        scales = read_scales(quantization, region, worker)
+        row += quantization.first_row
+        scales = read_scales(quantization, grid.scale_region(row, col, M, N), worker)
         values = out[at : at + M * N].view(M, N)
-        place = quantization.number_format, grid, first_row + row, col, quantization.row.inverse
         with worker.timed("decoding"):
-            counts = decode(codes, scales, values, place, worker)
-        for kind, count in zip(NONFINITE, counts, strict=True):
+            found = kernel.dequantize(codes, scales, values, quantization.number_format, grid, row,
+                                      col, quantization.row.inverse, worker.stream)
+        for kind, count in zip(NONFINITE, found.tolist(), strict=True):
             if count:
-                worker.nonfinite[step.output.name, kind] += count
+                worker.nonfinite[kind, step.output.name] += count
         at += M * N
-
-
-def decode(codes: torch.Tensor, scales: torch.Tensor, values: torch.Tensor, place: tuple,
-           worker: Worker) -> list[int]:
-    """Dequantize a piece where the worker's device is; return the counts of NONFINITE."""
-    *_, divide = place
-    if worker.stream is None or divide:
-        return kernel.dequantize(codes, scales, values, *place).tolist()
-    with torch.cuda.stream(worker.stream):
-        codes, scales = (t.to(worker.device, non_blocking=True) for t in (codes, scales))
-        result = torch.empty_like(values, device=worker.device)
-        counts = kernel.dequantize(codes, scales, result, *place)
-        values.copy_(result, non_blocking=True)
-        return counts.tolist()  # Waits for the stream, so the buffers are free again.
 
 
 def read_codes(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
@@ -1576,9 +1407,8 @@ def read_codes(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -
     row_bytes = step.quantization.packed_cols // per_byte
     first, last = col // per_byte, ceil_div(col + N, per_byte)
     width = last - first if M == 1 else row_bytes
-    codes = worker.scratch("codes", M * width)
-    return worker.read(step.source.path, step.source.start + row * row_bytes + first,
-                       codes).view(M, width)
+    start = step.source.start + row * row_bytes + first
+    return worker.read(step.source.path, start, worker.scratch("codes", M * width)).view(M, width)
 
 
 def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
@@ -1588,41 +1418,35 @@ def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
     Global scales are applied here, in float32, before the codes meet either: the order in which
     ModelOpt and compressed-tensors dequantize. Raises CheckpointError for negative scales of NVFP4.
     """
-    scale, factor, grid = quantization.scale, quantization.global_scale, quantization.grid
+    scale, global_scale = quantization.scale, quantization.global_scale
     if scale is None:
         return torch.ones(1, 1)
     top, bottom, left, right = region
-    rows, cols = grid.scale_shape
-    count = (bottom - top) * (right - left)
-    scales = read_elements(scale, top * cols + left, count, worker)
+    rows, cols = quantization.grid.scale_shape
+    raw = worker.elements("scales", scale, top * cols + left, (bottom - top) * (right - left))
+    scales = kernel.widen_scales(raw, scale.dtype)
     if scale.dtype == "F8_E4M3" and (scales < 0).any():
-        raise CheckpointError(f"{scale.path}: {scale.name} holds negative scales of groups; a "
-                              "format that keeps something else in their sign is not known here")
+        raise scale.error("holds negative scales of groups; a format that keeps something else in "
+                          "their sign is not known here")
     scales = scales.view(bottom - top, right - left)
-    if factor is None:
+    if global_scale is None:
         return scales
-    count = math.prod(factor.shape)  # each for as many rows: all, an expert's, or half of those
+    count = math.prod(global_scale.shape)  # each for as many rows: all, an expert's, or half
     which = torch.arange(top, bottom) // (rows // count)
-    factors = read_elements(factor, 0, count, worker)[which].view(-1, 1)
+    raw = worker.elements("factors", global_scale, 0, count)
+    factors = kernel.widen_scales(raw, global_scale.dtype)
+    factors = factors[which].view(-1, 1)
     return scales / factors if quantization.row.divides else scales * factors
-
-
-def read_elements(scale: Tensor, first: int, count: int, worker: Worker) -> torch.Tensor:
-    """Return `count` scales from the one numbered `first` on, as float32."""
-    size = (scale.stop - scale.start) // math.prod(scale.shape)
-    raw = torch.empty(count * size, dtype=torch.uint8)
-    worker.read(scale.path, scale.start + first * size, raw)
-    return kernel.widen_scales(raw, scale.dtype)
 
 
 # --- write: windows under a temporary name, then the final one ---
 
 WINDOW = 16 << 20
 TEMPORARY_SUFFIX = ".tmp"
-PROBE = "fp8_cast_bf16"  # A temporary file that finds out how to write.
 NAME_LIMIT = 255  # Bytes, on most file systems.
 DIRECT = getattr(os, "O_DIRECT", 0)
 NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}  # File systems refuse it with these.
+READING_VERSION = 2  # Raise it when the same tensors and row give new values.
 
 
 def temporary(path: Path, fingerprint: str = "") -> Path:
@@ -1640,7 +1464,7 @@ def direct_flag(root: Path) -> int:
     larger than the cache. Where they are refused (tmpfs, some network file systems), plain writes
     take their place.
     """
-    probe = temporary(root / f"{PROBE}{os.getpid()}")
+    probe = temporary(root / f"fp8_cast_bf16{os.getpid()}")
     try:
         with naming(probe), open_raw(probe, "r+b", DIRECT | os.O_CREAT) as file:
             file.write(as_bytes(page_aligned(PAGE, False)))
@@ -1653,117 +1477,16 @@ def direct_flag(root: Path) -> int:
     return DIRECT
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to disk, where the system supports it."""
-    if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            with naming(folder):
-                os.fsync(number)
-        finally:
-            os.close(number)
-
-
-class Output:
-    """The shards being written, in windows that come in any order."""
-
-    def __init__(self, shards: list[Shard], root: Path):
-        self.shards, self.root, self.direct = shards, root, direct_flag(root)
-        self.lock = threading.Lock()
-        self.begun = {shard.name: threading.Lock() for shard in shards}
-        self.left = {shard.name: ceil_div(shard.size, WINDOW) for shard in shards}
-        self.headers, self.paths = {}, {}
-
-    def windows(self) -> Iterator[tuple[Shard, int, int]]:
-        for shard in sorted(self.shards, key=lambda shard: -shard.size):
-            for start in range(0, shard.size, WINDOW):
-                yield shard, start, min(start + WINDOW, shard.size)
-
-    def begin(self, worker: Worker, shard: Shard) -> None:
-        """Create the file of a shard, unless another worker has."""
-        with self.begun[shard.name]:
-            if shard.name not in self.paths:
-                fingerprint = fingerprint_of(shard, worker)
-                path = temporary(self.root / shard.name, fingerprint)
-                with naming(path), open_raw(path, "r+b", os.O_CREAT) as file:
-                    self.headers[shard.name] = shard.sealed(fingerprint)
-                    self.paths[shard.name] = path
-                    file.truncate(shard.size)
-
-    def write(self, worker: Worker, shard: Shard, start: int, stop: int) -> int:
-        """Render a window and write it."""
-        self.begin(worker, shard)
-        render(shard, self.headers[shard.name], start, stop, worker)
-        view, path = as_bytes(worker.out)[: stop - start], self.paths[shard.name]
-        # Direct writes are of whole pages, and a shard must never be longer than planned.
-        direct = self.direct if len(view) % PAGE == 0 else 0
-        with (worker.timed("writing"), self.overtaken(shard), naming(path),
-              open_raw(path, "r+b", direct) as file):
-            file.seek(start)
-            while view:
-                view = view[file.write(view) :]
-        with self.lock:
-            self.left[shard.name] -= 1
-            whole = not self.left[shard.name]
-        if whole:
-            self.finish(worker, shard)
-        return stop - start
-
-    @contextmanager
-    def overtaken(self, shard: Shard):
-        """Ignore that a temporary file is gone if another job has already finished its shard."""
-        try:
-            yield
-        except FileNotFoundError:
-            if not has_header(self.root / shard.name, shard, self.headers[shard.name]):
-                raise
-
-    def finish(self, worker: Worker, shard: Shard) -> None:
-        """Make a whole shard durable and give it its name.
-
-        If its file is gone, another job with the same input has given it the name.
-        """
-        path, final = self.paths[shard.name], self.root / shard.name
-        with self.overtaken(shard):
-            with worker.timed("syncing"), naming(path), open_raw(path, "r+b") as file:
-                os.fsync(file.fileno())
-            os.replace(path, final)
-        del self.paths[shard.name]
-
-    def discard(self) -> None:
-        """Remove the shards that are not whole."""
-        for path in self.paths.values():
-            path.unlink(missing_ok=True)
-
-
-def write_shards(shards: list[Shard], root: Path, pool: list[Worker], quiet: bool) -> None:
-    """Write shards into the folder `root`, each under its name once it is whole."""
-    output = Output(shards, root)
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to disk, where the system supports it."""
+    if path.is_dir() and os.name != "posix":
+        return
+    number = os.open(path, os.O_RDONLY)
     try:
-        size = sum(shard.size for shard in shards)
-        run_workers("writing", pool, output.windows(), output.write, size, quiet)
+        with naming(path):
+            os.fsync(number)
     finally:
-        if not quiet:  # Another job may be writing the same file for the same rank.
-            output.discard()
-    sync_folder(root)
-
-
-# --- check: whether a shard is this input's, whether values are plausible, and --verify ---
-
-READING_VERSION = 1  # Raise it when the same tensors and row give new values.
-PLAUSIBLE = 1e-6, 4.0  # Root mean squares of weights.
-PLAUSIBLE_CAST = 1e-6, 32.0  # Embeddings, norms, and plain casts, which hold both.
-SAMPLED_WEIGHTS, SAMPLED_BYTES = 5, 64 << 10
-REFERENCE_PIECE = 1 << 20  # Elements that a worker compares at once.
-REFERENCE_DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8}
-REFERENCE_SCALES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-                    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
-                    "U8": torch.float8_e8m0fnu}
-REFERENCE_NIBBLES = {  # What each of 16 codes means.
-    "E2M1": [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6],
-    "INT4": [0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1],
-    "UINT4B8": range(-8, 8),
-}
+        os.close(number)
 
 
 def sources_of(step: Step) -> list[Tensor]:
@@ -1776,10 +1499,10 @@ def describe(quantization: Quantization | None) -> tuple:
     """Return everything that decides how codes become values, but for the tensors themselves."""
     if quantization is None:
         return ()
-    row, number_format, output, shape, scale, grid, factor, first_row, packed_cols = quantization
-    operations = row.title, row.divides, row.inverse
-    names = [tensor and (tensor.name, tensor.dtype, tensor.shape) for tensor in (scale, factor)]
-    return (*operations, number_format, output, shape, grid, first_row, packed_cols, *names)
+    row, *numbers = quantization
+    return row.title, row.divides, row.inverse, *(
+        (value.name, value.dtype, value.shape) if isinstance(value, Tensor) else value
+        for value in numbers)
 
 
 def fingerprint_of(shard: Shard, worker: Worker) -> str:
@@ -1790,34 +1513,122 @@ def fingerprint_of(shard: Shard, worker: Worker) -> str:
     """
     digest, places = hashlib.sha256(f"{READING_VERSION}".encode()), set()
     for step in shard.steps:
-        reading = step.quantization
-        digest.update(repr((step.output, describe(reading))).encode())
+        digest.update(repr((step.output, describe(step.quantization))).encode())
         for tensor in sources_of(step):
-            middle = (tensor.start + tensor.stop) // 2
-            for start in (tensor.start, middle, tensor.stop - PAGE):
+            for start in (tensor.start, (tensor.start + tensor.stop) // 2, tensor.stop - PAGE):
                 start = max(start, tensor.start)
                 if start < tensor.stop:
                     places.add((tensor.path, start, min(start + PAGE, tensor.stop)))
     for path, start, stop in sorted(places):
-        page = worker.read(path, start, worker.scratch("page", stop - start))
-        digest.update(as_bytes(page))
+        digest.update(as_bytes(worker.read(path, start, worker.scratch("page", stop - start))))
     return digest.hexdigest()[:16]
 
 
-def has_header(path: Path, shard: Shard, header: bytes) -> bool:
-    """Return whether a file has a shard's size and begins with a header."""
+def is_done(shard: Shard, root: Path, worker: Worker) -> bool:
+    """Return whether a file of this name, size and header, fingerprint included, is in a folder."""
+    path = root / shard.name
     if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.size:
         return False
     with naming(path), open(path, "rb") as file:
-        return file.read(len(header)) == header
+        return file.read(len(shard.header)) == shard.sealed(fingerprint_of(shard, worker))
 
 
-def is_ours(path: Path) -> bool:
-    """Return whether a file carries a fingerprint: only such are ever replaced."""
-    with naming(path), open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        text = file.read(min(size, HEADER_LIMIT))
-    return f'"{FINGERPRINT_KEY}":"'.encode() in text
+class Output:
+    """A shard being written, in windows that come in any order."""
+
+    def __init__(self, shard: Shard, root: Path, direct: int):
+        self.shard, self.direct, self.final = shard, direct, root / shard.name
+        self.name, self.path, self.header = shard.name, None, b""
+        self.lock, self.left = threading.Lock(), ceil_div(shard.size, WINDOW)
+
+    def begin(self, worker: Worker) -> None:
+        """Create the file, unless another worker has."""
+        with self.lock:
+            if not self.header:
+                fingerprint = fingerprint_of(self.shard, worker)
+                self.path = temporary(self.final, fingerprint)
+                with naming(self.path), open_raw(self.path, "r+b", os.O_CREAT) as file:
+                    file.truncate(self.shard.size)
+                self.header = self.shard.sealed(fingerprint)
+
+    def write(self, worker: Worker, start: int, stop: int) -> int:
+        """Render a window and write it; give the shard its name if it was the last."""
+        self.begin(worker)
+        render(self.shard, self.header, start, stop, worker)
+        view = as_bytes(worker.out)[: stop - start]
+        # Direct writes are of whole pages, and a shard must never be longer than planned.
+        direct = self.direct if len(view) % PAGE == 0 else 0
+        try:
+            with (worker.timed("writing"), naming(self.path),
+                  open_raw(self.path, "r+b", direct) as file):
+                file.seek(start)
+                while view:
+                    view = view[file.write(view) :]
+            with self.lock:
+                self.left -= 1
+                whole = not self.left
+            if whole:
+                with worker.timed("syncing"):
+                    sync(self.path)
+                os.replace(self.path, self.final)
+        except FileNotFoundError:  # Another job with the same input has given it its name?
+            if not is_done(self.shard, self.final.parent, worker):
+                raise
+        return stop - start
+
+    def discard(self) -> None:
+        """Remove the file of a shard that is not whole."""
+        if self.path:
+            self.path.unlink(missing_ok=True)
+
+
+def write_shards(shards: list[Shard], root: Path, pool: list[Worker], quiet: bool) -> None:
+    """Write shards into the folder `root`, each under its name once it is whole."""
+    direct = direct_flag(root)
+    outputs = [Output(shard, root, direct) for shard in sorted(shards, key=lambda s: -s.size)]
+    windows = ((output, start, min(start + WINDOW, output.shard.size)) for output in outputs
+               for start in range(0, output.shard.size, WINDOW))
+    try:
+        size = sum(shard.size for shard in shards)
+        run_workers("writing", pool, windows,
+                    lambda worker, output, *window: output.write(worker, *window), size, quiet)
+    finally:
+        for output in outputs if not quiet else ():  # Another job may be writing a rank's files.
+            output.discard()
+    sync(root)
+
+
+# --- check: whether values are plausible, and whether an output is right ---
+
+PLAUSIBLE = 1e-6, 4.0  # Root mean squares of weights.
+PLAUSIBLE_CAST = 1e-6, 32.0  # Embeddings, norms, and plain casts, which hold both.
+SAMPLED_WEIGHTS, SAMPLED_BYTES = 5, 64 << 10
+REFERENCE_PIECE = 1 << 20  # Elements that a worker compares at once.
+CASTS = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8,
+         "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+         "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+         "U8": torch.float8_e8m0fnu}
+NIBBLES = {  # What each of 16 codes means.
+    "E2M1": [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6],
+    "INT4": [*range(8), *range(-8, 0)], "UINT4B8": range(-8, 8)}
+DTYPE_KEYS = ["torch_dtype", "dtype"]
+
+
+def kind_of(step: Step) -> str:
+    """Return the format of a weight in words."""
+    reading = step.quantization
+    if reading.scale is None:
+        return f"{reading.number_format} without a scale"
+    grid = reading.grid
+    block = f"{grid.block_rows}x{grid.block_cols} block"
+    if grid.block_cols >= grid.cols and grid.block_rows >= grid.slab_rows:
+        block = "tensor" if grid.slab_rows >= grid.rows else "expert"
+    elif grid.block_cols >= grid.cols and grid.block_rows == 1:
+        block = "row"
+    elif grid.block_cols == 1 and grid.block_rows >= grid.slab_rows:
+        block = "column"
+    second = " and a global scale" if reading.global_scale else ""
+    return f"{reading.number_format}, {reading.scale.dtype} scale per {block}{second}"
 
 
 def find_implausible(plan: Plan) -> list[str]:
@@ -1827,31 +1638,30 @@ def find_implausible(plan: Plan) -> list[str]:
     as a factor) is wrong by orders of magnitude, in every weight of its kind. What this cannot see:
     scales in tiles, the order of nibbles, and factors below a hundred.
     """
-    kinds = {}
+    kinds, worker, found = {}, Worker(), []
     for step in plan.steps:
         if step.quantization:
             kinds.setdefault(kind_of(step), []).append(step)
-    worker, found = Worker(torch.device("cpu"), 0), []
     for kind, steps in kinds.items():
-        leaves = {step.output.name.rpartition(".")[0].rpartition(".")[2]: step for step in steps}
+        leaves = {step.output.module.rpartition(".")[2]: step for step in steps}
         chosen = [*leaves.values(), *steps[:: max(1, len(steps) // SAMPLED_WEIGHTS)]]
         samples = [(step, *sample(step, worker)) for step in chosen[:SAMPLED_WEIGHTS]]
         samples = [entry for entry in samples if entry[1] != 0]
         if not samples:
             continue
-        rms = statistics.median(entry[1] for entry in samples)
-        if any(math.isnan(entry[1]) for entry in samples):
-            rms = math.nan
-        name = samples[0][0].source.name
-        wide = steps[0].quantization.scale is None or re.search("embed|shared|wte|norm", name)
+        rms = [entry[1] for entry in samples]
+        rms = math.nan if any(map(math.isnan, rms)) else statistics.median(rms)
+        name, scale = samples[0][0].source.name, steps[0].quantization.scale
+        wide = scale is None or re.search("embed|shared|wte|norm", name)
         low, high = PLAUSIBLE_CAST if wide else PLAUSIBLE
-        hint = ("usually an inverse scale, raw codes or a missing second scale; --verify reads the "
-                "format the same way and cannot see it")
+        what = f"the scales of {name} and others are all 1"
+        what = what if scale and all(ones for _, _, ones in samples) else ""
         if not low <= rms <= high:
-            found.append(f"{kind}: {name} and others have a root mean square of {rms:.3g}, "
-                         f"expected {low:g} to {high:g}: {hint}")
-        elif steps[0].quantization.scale and all(entry[2] for entry in samples):
-            found.append(f"{kind}: the scales of {name} and others are all 1: {hint}")
+            what = (f"{name} and others have a root mean square of {rms:.3g}, expected {low:g} to "
+                    f"{high:g}")
+        if what:
+            found.append(f"{kind}: {what}: usually an inverse scale, raw codes or a missing second "
+                         "scale; --verify reads the format the same way and cannot see it")
     worker.close()
     return found
 
@@ -1861,20 +1671,18 @@ def sample(step: Step, worker: Worker) -> tuple[float, bool]:
     scales are 1.
     """
     reading = step.quantization
-    total = math.prod(reading.shape)
+    total, cols = math.prod(reading.shape), reading.grid.cols
     if not total:
         return 0.0, False
-    cols = reading.grid.cols
     count = min(total, SAMPLED_BYTES * kernel.FORMATS[reading.number_format].codes_per_byte)
     start = (total - count) // 2
     start -= start % cols if cols <= count else 0  # so that the piece is of whole rows
     row, col, M, N = next(pieces(start, start + count, cols, count))
     region = reading.grid.scale_region(reading.first_row + row, col, M, N)
-    scales = read_scales(reading, region, worker)
     out = torch.empty(M * N, dtype=torch.bfloat16)
-    begin = row * reading.grid.cols + col
-    render_weight(step, begin, begin + M * N, out, worker)
-    return out.double().square().mean().sqrt().item(), bool((scales == 1).all())
+    render_weight(step, row * cols + col, row * cols + col + M * N, out, worker)
+    ones = bool((read_scales(reading, region, worker) == 1).all())
+    return out.double().square().mean().sqrt().item(), ones
 
 
 def find_differences(plan: Plan, out: Path, texts: dict[str, str], workers: int,
@@ -1885,33 +1693,32 @@ def find_differences(plan: Plan, out: Path, texts: dict[str, str], workers: int,
     fingerprint, and the payload of a NaN. Each rank looks at the values of its own shards, and
     rank 0 at the rest.
     """
-    result = load_checkpoint(out, consistent=False)
-    comparable, found = compare_headers(plan, result)
+    result, found = load_checkpoint(out, consistent=False), []
+    got = {name: f"{tensor.dtype} {[*tensor.shape]}" for name, tensor in result.tensors.items()}
+    expected = {step.output.name: f"{step.output.dtype} {[*step.output.shape]}"
+                for step in plan.steps}
     if ranks.rank == 0:
+        found += differences(got, expected)
         found += differing_texts(result, texts, plan.checkpoint.index_name)
-    else:
-        found = []
-    mine = shards_of_rank(plan.shards, ranks.rank, ranks.count)
     first, lock = {}, threading.Lock()  # The first difference of each tensor.
 
-    def compare(worker: Worker, shard: Shard, step: Step, piece: tuple[int, ...]) -> int:
-        difference = compare_piece(step, comparable[step.output.name], piece, worker)
-        if difference:
+    def compare(worker: Worker, shard: Shard, step: Step, *piece: int) -> int:
+        name, (_, _, M, N) = step.output.name, piece
+        if difference := compare_piece(step, result.tensors[name], *piece, worker):
             with lock:
-                name = step.output.name
                 first[name] = min(first.get(name, difference), difference)
-        return piece[2] * piece[3] * element_size(step.output)
+        return M * N * step.output.element_size
 
-    steps = [(shard, step) for shard in mine for step in shard.steps
-             if step.output.name in comparable]
-    tasks = ((shard, step, piece) for shard, step in steps for piece in
+    steps = [(shard, step) for shard in shards_of_rank(plan.shards, ranks.rank, ranks.count)
+             for step in shard.steps if got.get(step.output.name) == expected[step.output.name]]
+    tasks = ((shard, step, *piece) for shard, step in steps for piece in
              pieces(0, math.prod(step.output.shape), cols_of(step), REFERENCE_PIECE))
-    pool = [Worker(torch.device("cpu"), 0) for _ in range(workers)]
-    size = sum(step.output.stop - step.output.start for _, step in steps)
+    size = sum(step.output.size for _, step in steps)
+    pool = [Worker() for _ in range(workers)]
     run_workers("verifying", pool, tasks, compare, size, ranks.rank > 0)
-    for name, (element, got, expected) in sorted(first.items()):
-        place = torch.unravel_index(torch.tensor(element), comparable[name].shape)
-        found.append(f"{name}: element {[at.item() for at in place]} is {got}, expected {expected}")
+    for name, (element, value, wanted) in sorted(first.items()):
+        place = torch.unravel_index(torch.tensor(element), result.tensors[name].shape)
+        found.append(f"{name}: element {[at.item() for at in place]} is {value}, expected {wanted}")
     return found
 
 
@@ -1919,146 +1726,121 @@ def cols_of(step: Step) -> int:
     return step.quantization.grid.cols if step.quantization else math.prod(step.output.shape)
 
 
-def element_size(tensor: Tensor) -> int:
-    return (tensor.stop - tensor.start) // max(1, math.prod(tensor.shape)) or 1
-
-
-def compare_headers(plan: Plan, result: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of an output that are of the planned dtype and shape, and what differs."""
-    planned = {step.output.name: step.output for step in plan.steps}
-    found = [f"{name}: is missing" for name in planned if name not in result.tensors]
-    found += [f"{name}: is not expected, in {tensor.path.name}"
-              for name, tensor in result.tensors.items() if name not in planned]
-    comparable = {name: tensor for name, tensor in result.tensors.items() if name in planned}
-    for name, tensor in list(comparable.items()):
-        expected = planned[name]
-        if (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
-            del comparable[name]
-            found.append(f"{name}: is {tensor.dtype} {list(tensor.shape)}, expected "
-                         f"{expected.dtype} {list(expected.shape)}")
-    return comparable, found
-
-
-def compare_piece(step: Step, tensor: Tensor, piece: tuple[int, ...],
+def compare_piece(step: Step, tensor: Tensor, row: int, col: int, M: int, N: int,
                   worker: Worker) -> tuple[int, str, str] | None:
     """Return the first element that differs in a piece of a tensor, and how both read, or None."""
-    row, col, M, N = piece
-    start, size = row * cols_of(step) + col, element_size(tensor)
-    got = worker.read(tensor.path, tensor.start + start * size,
-                      worker.scratch("got", M * N * size)).view(-1, size)
-    if step.quantization is None:
-        expected = worker.read(step.source.path, step.source.start + start * size,
-                               worker.scratch("expected", M * N * size)).view(-1, size)
-        differs = (got != expected).any(1)
-        read = lambda data: f"0x{bytes(data.tolist()[::-1]).hex()}"  # noqa: E731
+    start, size = row * cols_of(step) + col, tensor.element_size
+    got = worker.elements("got", tensor, start, M * N)
+    if step.quantization:
+        expected = reference(step, row, col, M, N, worker).view(torch.uint8).flatten()
     else:
-        got = got.flatten().view(torch.bfloat16)
-        expected = reference(step, row, col, M, N, worker).flatten()
-        differs = got.view(torch.int16) != expected.view(torch.int16)
-        differs &= ~(got.isnan() & expected.isnan())
-        read = lambda value: str(value.item())  # noqa: E731
+        expected = worker.elements("expected", step.source, start, M * N)
+    if torch.equal(got, expected):
+        return None
+    differs = (got != expected).view(-1, size).any(1)
+    both = [got.view(-1, size), expected.view(-1, size)]
+    if step.quantization:
+        both = [data.view(torch.bfloat16) for data in both]
+        differs &= ~(both[0].isnan() & both[1].isnan()).flatten()
     if not differs.any():
         return None
     at = differs.nonzero()[0].item()
-    return start + at, read(got[at]), read(expected[at])
+    return start + at, *(str(data[at].item()) if step.quantization else
+                         f"0x{bytes(data[at].tolist()[::-1]).hex()}" for data in both)
+
+
+@functools.cache
+def meaning(number_format: str) -> torch.Tensor:
+    """Return what each byte means, (256, codes per byte) float32, by torch's own casts."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if number_format in CASTS:
+        return codes.view(CASTS[number_format]).float()[:, None]
+    values = torch.tensor([*NIBBLES[number_format]]).float()
+    return values[torch.stack([codes & 15, codes >> 4], 1).int()]
 
 
 def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
     """Return a piece of a weight by the definition of its format, (M, N) bfloat16.
 
-    It is torch's own cast of the codes to float32, or a table of 16 values, times the scale of each
-    element, rounded to BF16. Nothing of kernel.py is used but the numbers of the grid.
+    It is what each code means, times the scale of each element, rounded to BF16. Nothing of
+    kernel.py is used but the numbers of the grid.
     """
-    reading = step.quantization
-    grid, name = reading.grid, reading.number_format
-    per_byte = 2 if name in REFERENCE_NIBBLES else 1
-    begin = row * reading.packed_cols + col
-    end = (row + M - 1) * reading.packed_cols + col + N
+    reading, grid = step.quantization, step.quantization.grid
+    table = meaning(reading.number_format)
+    begin, per_byte = row * reading.packed_cols + col, table.shape[1]
+    end = begin + (M - 1) * reading.packed_cols + N
     raw = worker.read(step.source.path, step.source.start + begin // per_byte,
                       worker.scratch("codes", ceil_div(end, per_byte) - begin // per_byte))
-    if per_byte == 2:
-        nibbles = torch.stack([raw & 15, raw >> 4], 1).flatten()[begin % 2 :][: end - begin]
-        values = torch.tensor([*REFERENCE_NIBBLES[name]]).float()[nibbles.int()]
-    else:
-        values = raw.view(REFERENCE_DTYPES[name]).float()
+    values = table.index_select(0, raw.int()).flatten()[begin % per_byte :]
     values = values.as_strided((M, N), (reading.packed_cols, 1))
     if reading.scale is None:
         return values.bfloat16()
-    rows = torch.arange(row, row + M) + reading.first_row
-    slabs = rows // grid.slab_rows
-    rows = rows % grid.slab_rows // grid.block_rows
-    rows += slabs * ceil_div(grid.slab_rows, grid.block_rows)
-    cols = torch.arange(col, col + N) // grid.block_cols
-    scales = reference_scales(reading, rows[0].item(), rows[-1].item() + 1, worker)
-    scales = scales[rows - rows[0]].index_select(1, cols)
+    rows, cols = torch.arange(row, row + M) + reading.first_row, torch.arange(col, col + N)
+    slabs, rows = rows // grid.slab_rows, rows % grid.slab_rows
+    rows = slabs * ceil_div(grid.slab_rows, grid.block_rows) + rows // grid.block_rows
+    top, bottom = rows[0].item(), rows[-1].item() + 1
+    scales = reference_scales(reading, top, bottom, worker)
+    scales = scales.index_select(1, cols // grid.block_cols).index_select(0, rows - top)
     return (values / scales if reading.row.inverse else values * scales).bfloat16()
 
 
 def reference_scales(reading: Quantization, top: int, bottom: int, worker: Worker) -> torch.Tensor:
     """Return whole rows [top, bottom) of a weight's scales, float32."""
-
-    def read(tensor: Tensor, first: int, count: int) -> torch.Tensor:
-        size = element_size(tensor)
-        raw = torch.empty(count * size, dtype=torch.uint8)
-        worker.read(tensor.path, tensor.start + first * size, raw)
-        return raw.view(REFERENCE_SCALES[tensor.dtype]).float()
-
+    scale, second = reading.scale, reading.global_scale
     width = ceil_div(reading.grid.cols, reading.grid.block_cols)
-    scales = read(reading.scale, top * width, (bottom - top) * width).view(-1, width)
-    if reading.global_scale is None:
+    raw = worker.elements("scales", scale, top * width, (bottom - top) * width)
+    scales = raw.view(CASTS[scale.dtype]).float().view(-1, width)
+    if second is None:
         return scales
-    factors = read(reading.global_scale, 0, math.prod(reading.global_scale.shape))
-    each = reading.grid.scale_shape[0] // len(factors)
+    raw = worker.elements("factors", second, 0, math.prod(second.shape))
+    factors = raw.view(CASTS[second.dtype]).float()
+    each = math.prod(scale.shape) // width // len(factors)
     factors = factors[torch.arange(top, bottom) // each][:, None]
     return scales / factors if reading.row.divides else scales * factors
 
 
+def differences(got: dict[str, str], expected: dict[str, str], where: str = "") -> Iterator[str]:
+    """Yield a line for each key of which two mappings hold something else."""
+    for key in dict.fromkeys([*expected, *got]):
+        if got.get(key) != expected.get(key):
+            yield (f"{where}{key} is {got.get(key, 'missing')[:200]}, expected "
+                   f"{expected.get(key, 'none')[:200]}")
+
+
 def differing_texts(result: Checkpoint, texts: dict[str, str], index_name: str) -> Iterator[str]:
     """Yield what is wrong with the index, the config and the parameters of an output."""
-    for name, value in ((CONFIG_NAME, result.config), (PARAMS_NAME, result.params)):
-        planned = json.loads(texts[name]) if name in texts else None
-        for place, got, expected in differing_values(value, planned):
-            yield f"{name}: {place or 'the file'} is {got}, expected {expected}"
-    if result.index is None:
-        if index_name in texts:
-            yield f"{index_name}: is missing"
-        return
-    weight_map = result.index.get("weight_map")
-    weight_map = weight_map if isinstance(weight_map, dict) else {}
-    for name, tensor in result.tensors.items():
-        if weight_map.get(name) != tensor.path.name:
-            yield f"{result.index_name}: has {name} not in {tensor.path.name}, where it is"
-    for name, shard in weight_map.items():
-        if name not in result.tensors:
-            yield f"{result.index_name}: has {name} in {shard}, where it is not"
-    metadata = result.index.get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    size = sum(tensor.stop - tensor.start for tensor in result.tensors.values())
-    if total != size:
-        yield f"{result.index_name}: total_size is {total}, expected {size}"
+    for name in (CONFIG_NAME, PARAMS_NAME, index_name):
+        if name in texts and name not in result.files:
+            yield f"{name} is missing"
+        elif name in result.files and name != index_name:
+            expected = json.loads(texts.get(name, "{}"))
+            yield from differences(flattened(result.files[name]), flattened(expected), f"{name}: ")
+    if index := result.files.get(result.index_name):
+        meta = index.get("metadata")
+        expected = index | {
+            "metadata": {**(meta if isinstance(meta, dict) else {}),
+                         "total_size": sum(tensor.size for tensor in result.tensors.values())},
+            "weight_map": {name: tensor.path.name for name, tensor in result.tensors.items()}}
+        yield from differences(flattened(index), flattened(expected), f"{result.index_name}: ")
 
 
-def differing_values(got, expected, place: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield where two configs differ, and both values as JSON.
+def flattened(value, place: str = "") -> dict[str, str]:
+    """Return what stands in a config, as JSON by its path.
 
     The dtype may go by either name, and which transformers wrote the config does not matter.
     """
-    if isinstance(got, dict) and isinstance(expected, dict):
-        got, expected = ({DTYPE_KEYS[-1] if key in DTYPE_KEYS else key: value
-                          for key, value in config.items() if key != "transformers_version"}
-                         for config in (got, expected))
-        for key in dict.fromkeys([*expected, *got]):
-            inner = f"{place}.{key}" if place else key
-            yield from differing_values(got.get(key), expected.get(key), inner)
-    else:
-        got, expected = (json.dumps(value, sort_keys=True) for value in (got, expected))
-        if got != expected:
-            yield place, got[:200], expected[:200]
+    if not isinstance(value, dict):
+        return {place: json.dumps(value, sort_keys=True)}
+    found = {}
+    for key, item in value.items():
+        if key != "transformers_version":
+            key = DTYPE_KEYS[-1] if key in DTYPE_KEYS else key
+            found |= flattened(item, f"{place}.{key}" if place else key)
+    return found
 
 
 # --- publish: the files beside the shards; config and index last, which say that all is there ---
 
-DTYPE_KEYS = ["torch_dtype", "dtype"]
 # Files that only a quantized checkpoint needs; a loader would take the output for quantized.
 QUANTIZATION_FILES = [NVIDIA_CONFIG_NAME, SIDECAR_NAME, "quant_cfg.json",
                       "quanto_qmap.json", "quant_model_description*.json"]
@@ -2066,41 +1848,6 @@ QUANTIZATION_FILES = [NVIDIA_CONFIG_NAME, SIDECAR_NAME, "quant_cfg.json",
 WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pth", "*.gguf",
                 "*.h5", "*.msgpack", "*.tmp"]
 RANKS_NAME = "fp8_cast_bf16.ranks"  # Holds the digest of the plan while ranks work.
-
-
-def bf16_config(value):
-    """Return a config, or a part of one, that describes plain BF16 weights."""
-    if isinstance(value, list):
-        return [bf16_config(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {
-        key: "bfloat16" if key in DTYPE_KEYS and isinstance(item, str) else bf16_config(item)
-        for key, item in value.items()
-        if key not in QUANTIZATION_KEYS
-    }
-
-
-def bf16_texts(plan: Plan) -> dict[str, str]:
-    """Return the JSON files of the output by name, the index last, where the input has them."""
-    checkpoint, values = plan.checkpoint, {}
-    if checkpoint.params is not None:
-        unwanted = ["quantization", *QUANTIZATION_KEYS]
-        values[PARAMS_NAME] = {k: v for k, v in checkpoint.params.items() if k not in unwanted}
-    if checkpoint.config is not None:
-        values[CONFIG_NAME] = config = bf16_config(checkpoint.config)
-        empty = [key for key in DTYPE_KEYS if key in config and config[key] is None]
-        config |= dict.fromkeys(empty[:1], "bfloat16")
-    if checkpoint.index is not None:
-        metadata = checkpoint.index.get("metadata")
-        size = sum(step.output.stop - step.output.start for step in plan.steps)
-        weight_map = {step.output.name: str(step.output.path) for step in plan.steps}
-        values[checkpoint.index_name] = {
-            **checkpoint.index,
-            "metadata": {**(metadata if isinstance(metadata, dict) else {}), "total_size": size},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-    return {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -2118,20 +1865,25 @@ def find_side_files(plan: Plan) -> SideFiles:
     Left out are weight files, unfinished files, and what is no plain file of the checkpoint.
     """
     copied, left_out, root = [], [], plan.checkpoint.root
-    edited = [plan.checkpoint.index_name, CONFIG_NAME, PARAMS_NAME]
-    for folder, folders, names in os.walk(root, onerror=raise_error):
-        folders[:] = sorted(name for name in folders if name not in TOOL_FOLDERS)
+    edited = [plan.checkpoint.index_name, CONFIG_NAME, PARAMS_NAME, *QUANTIZATION_FILES]
+
+    def is_like(name: str, patterns: list[str]) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = sorted({*folders} - TOOL_FOLDERS)
         for name in sorted(names + folders):
             path = Path(folder, name)
             relative = path.relative_to(root).as_posix()
-            unwanted = any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHT_FILES)
-            taken = relative in edited or any(
-                fnmatch.fnmatch(relative, pattern) for pattern in QUANTIZATION_FILES)
+            unwanted, known = is_like(name, WEIGHT_FILES), is_like(relative, edited)
             if name in folders:
-                if unwanted or taken or path.is_symlink():
+                if unwanted or known or path.is_symlink():
                     folders.remove(name)
                     left_out.append(relative)
-            elif taken or relative in plan.checkpoint.shards:
+            elif known or relative in plan.checkpoint.shards:
                 continue
             elif unwanted or not is_plain(path, root):
                 left_out.append(relative)
@@ -2142,86 +1894,113 @@ def find_side_files(plan: Plan) -> SideFiles:
     return SideFiles(copied, left_out, bf16_texts(plan))
 
 
-def raise_error(error: OSError) -> None:
-    raise error
+def bf16_config(value):
+    """Return a config, or a part of one, that describes plain BF16 weights."""
+    if isinstance(value, list):
+        return [bf16_config(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {key: "bfloat16" if key in DTYPE_KEYS and isinstance(item, str) else bf16_config(item)
+            for key, item in value.items() if key not in QUANTIZATION_KEYS}
+
+
+def bf16_texts(plan: Plan) -> dict[str, str]:
+    """Return the JSON files of the output by name, the index last, where the input has them."""
+    files, index_name, values = plan.checkpoint.files, plan.checkpoint.index_name, {}
+    if PARAMS_NAME in files:
+        values[PARAMS_NAME] = {key: value for key, value in files[PARAMS_NAME].items()
+                               if key not in ["quantization", *QUANTIZATION_KEYS]}
+    if CONFIG_NAME in files:
+        try:
+            values[CONFIG_NAME] = config = bf16_config(files[CONFIG_NAME])
+        except RecursionError as error:
+            path = plan.checkpoint.root / CONFIG_NAME
+            raise CheckpointError(f"{path}: nested too deep") from error
+        empty = [key for key in DTYPE_KEYS if key in config and config[key] is None]
+        config |= dict.fromkeys(empty[:1], "bfloat16")
+    if index_name in files:
+        meta, outputs = files[index_name].get("metadata"), [step.output for step in plan.steps]
+        values[index_name] = files[index_name] | {
+            "metadata": {**(meta if isinstance(meta, dict) else {}),
+                         "total_size": sum(output.size for output in outputs)},
+            "weight_map": dict(sorted((output.name, str(output.path)) for output in outputs))}
+    return {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
 
 
 @dataclass(frozen=True)
 class OutputState:
     """What an output folder holds, and what is to be done about it.
 
-    done: shards that are as planned. replaced: those of an earlier run that are not. stale: files
-    to remove, first those that mark an output as complete. needed, free: bytes.
+    done: shards that are as planned. replaced: those of an earlier run that are not. files: what
+    stands beside the shards and is not as it should be. stale: what must go. needed, free: bytes.
     """
 
     done: set[str]
     replaced: list[str]
+    files: list[str]
     stale: list[Path]
-    complete: bool
     needed: int
     free: int
 
 
 def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> OutputState:
     """Look at an output folder. Raises CheckpointError where the output cannot be made there."""
-    shards = {shard.name: shard for shard in plan.shards}
-    foreign = sorted(path.name for path in out.glob("*.safetensors") if path.name not in shards)
-    if foreign:
+    shards, root = {shard.name: shard for shard in plan.shards}, plan.checkpoint.root
+    there = sorted(path.name for path in out.glob("*.safetensors"))
+    if foreign := [name for name in there if name not in shards]:
         raise CheckpointError(f"{out}: holds {', '.join(foreign)}, which this checkpoint does not "
                               "have; give another folder")
-    there = [shards[name] for name in sorted(shards) if os.path.lexists(out / name)]
-    check_ours(there, out)
-    done = find_done(there, out, workers)
-    names = [*side.texts, CONFIG_NAME, PARAMS_NAME, INDEX_NAME]
-    stale = [out / name for name in dict.fromkeys(names) if os.path.lexists(out / name)]
-    stale += [path for pattern in QUANTIZATION_FILES for path in sorted(out.glob(pattern))]
-    stale += sorted(out.glob(f"*{TEMPORARY_SUFFIX}")) + sorted(out.glob(RANKS_NAME))
+    done = find_done([shards[name] for name in there], out, workers)
+    patterns = [CONFIG_NAME, PARAMS_NAME, INDEX_NAME, RANKS_NAME, *QUANTIZATION_FILES,
+                f"*{TEMPORARY_SUFFIX}"]
+    stale = [path for pattern in patterns for path in sorted(out.glob(pattern))
+             if path.name not in side.texts]
     stale += [path for name in side.copied if (path := temporary(out / name)).exists()]
     check_places(out, [*side.texts, *side.copied], stale)
-    root = plan.checkpoint.root
-    complete = (
-        len(done) == len(shards)
-        and {*stale} == {out / name for name in side.texts}
-        and all((out / name).read_bytes() == text.encode() for name, text in side.texts.items())
-        and all((out / name).is_file() and filecmp.cmp(root / name, out / name, shallow=False)
-                for name in side.copied)
-    )
-    replaced = [shard.name for shard in there if shard.name not in done]
+    files = [name for name, text in side.texts.items()
+             if not (out / name).is_file() or (out / name).read_bytes() != text.encode()]
+    files += [name for name in side.copied if not (out / name).is_file()
+              or not filecmp.cmp(root / name, out / name, shallow=False)]
+    replaced = [name for name in there if name not in done]
     sizes = [shard.size for shard in plan.shards if shard.name not in done]
-    sizes += [(root / name).stat().st_size for name in side.copied]
-    sizes += [len(text.encode()) for text in side.texts.values()]
+    sizes += [len(side.texts[name]) if name in side.texts else (root / name).stat().st_size
+              for name in files]
     freed = 0
-    for path in [*stale, *(out / name for name in replaced)]:
+    for path in [*stale, *(out / name for name in replaced + files)]:
         with suppress(FileNotFoundError):  # Another rank may have given it its name.
             freed += getattr(path.lstat(), "st_blocks", 0) * 512
-    needed = 0 if complete else sum(ceil_div(size, PAGE) * PAGE for size in sizes)
-    return OutputState(done, replaced, [*dict.fromkeys(stale)], complete, needed,
+    return OutputState(done, replaced, files, [*dict.fromkeys(stale)],
+                       sum(ceil_div(size, PAGE) * PAGE for size in sizes),
                        shutil.disk_usage(existing(out)).free + freed)
 
 
-def check_ours(shards: list[Shard], out: Path) -> None:
-    """Raise CheckpointError for a file that is in the place of a shard and must not be replaced."""
+def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
+    """Return the names of those shards in the output whose size and header are the planned ones.
+
+    Raises CheckpointError for a file without a fingerprint: only those that have one are replaced.
+    """
+    done = set()
+
+    def check(worker: Worker, shard: Shard) -> int:
+        if is_done(shard, out, worker):
+            done.add(shard.name)
+        return shard.size
+
     for path in (out / shard.name for shard in shards):
         if path.is_symlink() or not path.is_file() or not is_ours(path):
             raise CheckpointError(f"{path}: was not written by this version of this program; check "
                                   "it with --verify, and delete it to convert it anew")
-
-
-def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
-    """Return the names of shards in the output whose size and header are the planned ones."""
-    done = set()
-
-    def check(worker: Worker, shard: Shard) -> int:
-        if has_header(out / shard.name, shard, shard.sealed(fingerprint_of(shard, worker))):
-            done.add(shard.name)
-        return shard.size
-
-    shards = [shard for shard in shards if (out / shard.name).stat().st_size == shard.size]
     if shards:
-        pool = [Worker(torch.device("cpu"), 0) for _ in range(workers)]
-        run_workers("checking", pool, ((shard,) for shard in shards), check,
-                    sum(shard.size for shard in shards), quiet=True)
+        pool = [Worker() for _ in range(min(workers, len(shards)))]
+        run_workers("checking", pool, ((shard,) for shard in shards), check, 0, quiet=True)
     return done
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a file carries a fingerprint."""
+    with naming(path), open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return f'"{FINGERPRINT_KEY}":"'.encode() in file.read(min(size, HEADER_LIMIT))
 
 
 def existing(folder: Path) -> Path:
@@ -2242,29 +2021,25 @@ def check_places(out: Path, names: list[str], stale: list[Path]) -> None:
             raise CheckpointError(f"{path}: is a folder; remove it or give another output")
         if not path.parent.resolve().is_relative_to(out.resolve()):
             raise CheckpointError(f"{path.parent}: is a link out of the output; remove it")
-        above = next(p for p in path.parents if os.path.lexists(p))
-        if not above.is_dir():
+        if not (above := existing(path.parent)).is_dir():
             raise CheckpointError(f"{above}: is where a folder has to be; remove it")
 
 
 @contextmanager
 def locked(folder: Path):
     """Keep other runs out of a folder, where the system and the file system know locks."""
-    if fcntl is None:
+    with ExitStack() as stack:
+        if fcntl:
+            number = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, number)
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(f"{folder}: another run is writing there; let it "
+                                      "end") from error
+            except OSError:  # Some network file systems know no locks.
+                pass
         yield
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(number)
-        raise CheckpointError(f"{folder}: another run is writing there; let it end") from error
-    except OSError:  # Some network file systems know no locks.
-        pass
-    try:
-        yield
-    finally:
-        os.close(number)
 
 
 def write_whole(path: Path, content: str | Path) -> None:
@@ -2293,15 +2068,15 @@ def publish(root: Path, out: Path, side: SideFiles) -> None:
         write_whole(target, root / relative)
         folders |= {folder for folder in target.parents if folder.is_relative_to(out)}
     for folder in sorted(folders):
-        sync_folder(folder)
+        sync(folder)
     for name, text in side.texts.items():
         write_whole(out / name, text)
-    sync_folder(out)
+    sync(out)
 
 
 # --- ranks: the processes of torchrun, which share nothing but the output folder ---
 
-POLL = 0.5  # Seconds between looks at what other ranks do.
+POLL, TELL = 0.5, 30  # Seconds between looks at what other ranks do, and between lines about it.
 PATIENCE, STALLED = 60, 1800  # Seconds to wait for rank 0's plan, and for any sign of the others.
 
 
@@ -2324,73 +2099,72 @@ def digest_of(plan: Plan) -> str:
 
     Headers alone would not do: DeepSeek-V3's and R1's are the same.
     """
-    worker = Worker(torch.device("cpu"), 0)
-    largest = max(plan.shards, key=lambda shard: shard.size)
-    parts = [fingerprint_of(largest, worker)]
+    worker = Worker()
+    parts = [fingerprint_of(max(plan.shards, key=lambda shard: shard.size), worker)]
     worker.close()
     parts += [(shard.header, [describe(step.quantization) for step in shard.steps])
               for shard in plan.shards]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def await_plan(out: Path, digest: str, rank: int) -> None:
-    """Return once rank 0 has prepared the output for the plan that this rank has, too."""
-    began = told = time.monotonic()
-    other = None
-    while (found := read_digest(out)) != digest:
-        now = time.monotonic()
-        if found != other:
-            began, other = now, found
-        if other and now - began > PATIENCE:
-            raise CheckpointError(f"{out}: rank {rank} has the plan {digest}, rank 0 has {other}; "
-                                  "give all ranks the same input and the same version")
-        if now - began > STALLED:
-            raise CheckpointError(f"{out}: rank 0 has not prepared it; start the same command "
-                                  "again")
-        if now - told > 30:
+def watch(look: Callable[[], object],
+          waiting: Callable[[], str]) -> Iterator[tuple[object, float]]:
+    """Yield what can be seen again and again, and for how many seconds it has been the same."""
+    told = since = time.monotonic()
+    last = None
+    while True:
+        seen, now = look(), time.monotonic()
+        if seen != last:
+            last, since = seen, now
+        yield seen, now - since
+        if now - told > TELL:
             told = now
-            say(f"Rank {rank} waits until rank 0 has prepared {out}")
+            say(waiting())
         time.sleep(POLL)
 
 
-def read_digest(out: Path) -> str | None:
-    try:
-        return (out / RANKS_NAME).read_text()
-    except FileNotFoundError:
-        return None
+def await_plan(out: Path, digest: str, rank: int) -> None:
+    """Return once rank 0 has prepared the output for the plan that this rank has, too."""
+
+    def look() -> str | None:
+        with suppress(FileNotFoundError):
+            return (out / RANKS_NAME).read_text()
+
+    for found, age in watch(look, lambda: f"Rank {rank} waits until rank 0 has prepared {out}"):
+        if found == digest:
+            return
+        if found and age > PATIENCE:
+            raise CheckpointError(f"{out}: rank {rank} has the plan {digest}, rank 0 has {found}; "
+                                  "give all ranks the same input and the same version")
+        if age > STALLED:
+            raise CheckpointError(f"{out}: rank 0 has not prepared it; start the same command "
+                                  "again")
 
 
 def await_shards(shards: list[Shard], out: Path) -> None:
     """Return once the shards of other ranks have their names and their planned headers."""
-    worker, left = Worker(torch.device("cpu"), 0), list(shards)
-    headers, told, sign, seen = {}, time.monotonic(), time.monotonic(), None
-    while True:
-        for shard in [*left]:
-            path = out / shard.name
-            if path.is_file() and path.stat().st_size == shard.size:
-                if shard.name not in headers:
-                    headers[shard.name] = shard.sealed(fingerprint_of(shard, worker))
-                if has_header(path, shard, headers[shard.name]):
-                    left.remove(shard)
-        if not left:
-            worker.close()
-            return
-        now, blocks = time.monotonic(), [(len(left))]
+    worker, left = Worker(), list(shards)
+
+    def look() -> list:
+        left[:] = [shard for shard in left if not is_done(shard, out, worker)]
+        times = []
         for path in out.glob(f"*{TEMPORARY_SUFFIX}"):
             with suppress(FileNotFoundError):
-                blocks.append((path.name, path.stat().st_mtime_ns))
-        if blocks != seen:
-            sign, seen = now, blocks
-        if now - sign > STALLED:
-            raise CheckpointError(f"{out}: {len(left)} shards of other ranks have stopped growing "
+                times.append((path.name, path.stat().st_mtime_ns))
+        return [len(left), times]
+
+    for (count, _), age in watch(look, lambda: f"Waiting for {len(left)} shards of other ranks"):
+        if not count:
+            worker.close()
+            return
+        if age > STALLED:
+            raise CheckpointError(f"{out}: {count} shards of other ranks have stopped growing "
                                   f"({left[0].name}); start the same command again")
-        if now - told > 30:
-            told = now
-            say(f"Waiting for {len(left)} shards of other ranks")
-        time.sleep(POLL)
 
 
 # --- command line ---
+
+MESSAGE_LIMIT = 2000  # Characters: a tensor's name may be as long as a book.
 
 
 def formats_table() -> str:
@@ -2400,15 +2174,13 @@ def formats_table() -> str:
     """
 
     def shown(names: str) -> str:
-        names = re.sub(r"\\d(\+|\{1,9\})", "N", names.replace("{}", "X"))
-        names = re.sub(r"\(\?:(.*)\)", r"\1", names.replace("\\.", ".")).replace("|", "/")
-        return " or ".join(f"`{name}`" for name in dict.fromkeys(names.split()))
+        names = names.replace("{}", "X").replace("*", "N").split()
+        return " or ".join(f"`{name}`" for name in dict.fromkeys(names))
 
     lines = [("format", "weight", "scales", "under quant_method"), ("---",) * 4]
     for row in [*FORMATS, PLAIN_CAST]:
         methods = "any" if row.containers <= F8 else ", ".join(sorted(row.methods)) or "none"
-        for key, values in row.requires:
-            methods = f"{key} {', '.join(sorted(values))}"
+        methods = " ".join(row.requires) if row.requires else methods
         lines.append((row.title, f"{'/'.join(sorted(row.containers))} {shown(row.weight)}",
                       ", ".join(filter(None, map(shown, (row.scale, row.global_scale)))), methods))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("F8_E4M3/F8_E5M2", "F8")
@@ -2429,11 +2201,11 @@ def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
     """
     if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,4})?", name):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    cpu, count = torch.device("cpu"), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu":
-        return cpu, "as asked"
+        return CPU, "as asked"
     if name == "auto" and not count:
-        return cpu, "torch sees no CUDA device"
+        return CPU, "torch sees no CUDA device"
     number = int(name[5:]) if name[5:] else local_rank % max(1, count)
     try:
         if number >= count:
@@ -2444,90 +2216,64 @@ def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
     except Exception as error:  # No Triton, no compiler for it, a GPU that it does not know, ...
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         if name == "auto":
-            return cpu, f"the CUDA device does not work: {problem}"
+            return CPU, f"the CUDA device does not work: {problem}"
         raise UsageError(f"--device {name}: {problem}; use --device cpu") from error
     return device, torch.cuda.get_device_name(device)
 
 
-def check_folders(source: Path, out: Path, report: Path | None) -> None:
-    """Raise UsageError unless input, output and report are apart, by whatever paths they go."""
-    for inner, outer in ((source, out), (out, source)):
-        for folder in (inner.resolve(), *inner.resolve().parents):
-            if folder == outer.resolve() or (
-                folder.exists() and outer.exists() and folder.samefile(outer)
-            ):
-                raise UsageError(f"{out}: the output must not lie in the input, nor the input in "
-                                 "the output")
-    if report is not None:
-        folder = report.resolve().parent
-        if report.is_dir() or not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            raise UsageError(f"--report {report}: cannot be written there")
-        if any(folder.is_relative_to(place.resolve()) for place in (source, out)):
-            raise UsageError(f"--report {report}: give a path outside of input and output")
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked to do. Raises UsageError for what cannot be meant.
+
+    device: "auto", "cpu", "cuda" or "cuda:N". workers: threads; by default two per core, 4 to 16.
+    missing_scale: "keep", "cast" or "error", as in make_plan. dry_run: only print what would be
+    done. verify: only compare an existing output with what it should be. report: a file for a JSON
+    record of it all. ranks: which of several processes this is, each of which makes some shards.
+    """
+
+    input: Path
+    output: Path
+    device: str = "auto"
+    workers: int | None = None
+    missing_scale: str = "keep"
+    dry_run: bool = False
+    verify: bool = False
+    report: Path | None = None
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: expected a positive number")
+        if self.missing_scale not in MISSING_SCALE:
+            raise UsageError(f"--missing-scale {self.missing_scale}: expected "
+                             f"{', '.join(MISSING_SCALE)}")
+        if self.dry_run and self.verify:
+            raise UsageError("--dry-run and --verify: expected one of them")
+        for inner, outer in ((self.input, self.output), (self.output, self.input)):
+            for folder in (inner.resolve(), *inner.resolve().parents):
+                if folder == outer.resolve() or (
+                        folder.exists() and outer.exists() and folder.samefile(outer)):
+                    raise UsageError(f"{self.output}: the output must not lie in the input, nor "
+                                     "the input in the output")
+        if self.report is not None:
+            folder = self.report.resolve().parent
+            if self.report.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                raise UsageError(f"--report {self.report}: cannot be written there")
+            if any(folder.is_relative_to(place.resolve()) for place in (self.input, self.output)):
+                raise UsageError(f"--report {self.report}: give a path outside of input and output")
 
 
-@dataclass
-class Report:
-    """All that a run has found and done; --report writes it as JSON."""
-
-    options: dict
-    versions: dict[str, str] = field(default_factory=dict)
-    input: dict[str, int] = field(default_factory=dict)
-    output: dict[str, int] = field(default_factory=dict)
-    dequantized: dict[str, int] = field(default_factory=dict)
-    copied: int = 0
-    dropped: int = 0
-    dropped_scales_of_no_weight: list[str] = field(default_factory=list)
-    kept_in_fp8: dict[str, str] = field(default_factory=dict)
-    cast_with_scale_1: list[str] = field(default_factory=list)
-    files_left_out: list[str] = field(default_factory=list)
-    experts_apart: str | None = None
-    implausible: list[str] = field(default_factory=list)
-    shards_already_there: list[str] = field(default_factory=list)
-    complete: bool = False
-    bytes_written: int = 0
-    nonfinite: dict[str, dict[str, int]] = field(default_factory=dict)
-    differences: list[str] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def describe(self, plan: Plan, side: SideFiles) -> None:
-        steps, tensors = [*plan.steps], plan.checkpoint.tensors.values()
-        missing = [tensor.name for tensor in plan.reading.missing]
-        self.input = {"shards": len(plan.checkpoint.shards), "tensors": len(tensors),
-                      "bytes": sum(tensor.stop - tensor.start for tensor in tensors)}
-        self.output = {"shards": len(plan.shards), "tensors": len(steps), "bytes": plan.size}
-        kinds = Counter(kind_of(step) for step in steps if step.quantization)
-        self.dequantized = dict(kinds.most_common())
-        self.copied = len(steps) - sum(kinds.values())
-        self.dropped = len(plan.reading.dropped)
-        self.dropped_scales_of_no_weight = [tensor.name for tensor in plan.reading.orphans]
-        kept = missing if plan.missing_scale == "keep" else []
-        self.kept_in_fp8 = dict.fromkeys(kept, "no scale")
-        self.cast_with_scale_1 = missing if plan.missing_scale == "cast" else []
-        self.files_left_out = side.left_out
-        self.experts_apart = find_apart_experts(plan)
-
-    def save(self, path: Path) -> None:
-        record = {key: value for key, value in asdict(self).items() if value is not None}
-        record |= record.pop("nonfinite")
-        write_whole(path, json.dumps(record, indent=2) + "\n")
-
-
-def kind_of(step: Step) -> str:
-    """Return the format of a weight in words."""
-    reading = step.quantization
-    if reading.scale is None:
-        return f"{reading.number_format} without a scale"
-    grid = reading.grid
-    block = f"{grid.block_rows}x{grid.block_cols} block"
-    if grid.block_cols >= grid.cols and grid.block_rows >= grid.slab_rows:
-        block = "tensor" if grid.slab_rows >= grid.rows else "expert"
-    elif grid.block_cols >= grid.cols and grid.block_rows == 1:
-        block = "row"
-    elif grid.block_cols == 1 and grid.block_rows >= grid.slab_rows:
-        block = "column"
-    second = " and a global scale" if reading.global_scale else ""
-    return f"{reading.number_format}, {reading.scale.dtype} scale per {block}{second}"
+def find_apart_experts(plan: Plan) -> str | None:
+    """Return a weight of one expert where the architecture's own checkpoints have them in one."""
+    kinds = {str(value) for key, value in walk(plan.checkpoint.files.get(CONFIG_NAME))
+             if key == "model_type"}
+    pattern = None
+    if "mixtral" in kinds:
+        pattern = r".*experts\.\d+\.(?!w[123]\b).*\.weight"
+    elif kinds & {"gpt_oss", "llama4", "llama4_text"}:
+        pattern = r".*experts\.\d+\..*"
+    names = (step.output.name for step in plan.steps) if pattern else ()
+    return next((name for name in names if re.fullmatch(pattern, name, re.DOTALL)), None)
 
 
 def versions() -> dict[str, str]:
@@ -2538,168 +2284,156 @@ def versions() -> dict[str, str]:
     return found
 
 
-def main(fp8_path: str | Path, bf16_path: str | Path, **options) -> None:
-    """Convert the FP8 checkpoint in one folder into a BF16 checkpoint in another."""
-    convert(fp8_path, bf16_path, **options)
+@dataclass
+class Report:
+    """All that a run has found and done; --report writes it as JSON."""
+
+    options: Options
+    input: dict[str, int]
+    output: dict[str, int]
+    dequantized: dict[str, int]
+    copied: int
+    dropped: int
+    dropped_scales_of_no_weight: list[str]
+    kept_in_fp8: dict[str, str]
+    cast_with_scale_1: list[str]
+    files_left_out: list[str]
+    experts_apart: str | None
+    implausible: list[str]
+    versions: dict[str, str] = field(default_factory=versions)
+    shards_already_there: list[str] = field(default_factory=list)
+    complete: bool = False
+    bytes_written: int = 0
+    NaN: dict[str, int] = field(default_factory=dict)
+    infinite: dict[str, int] = field(default_factory=dict)
+    differences: list[str] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
-def convert(fp8_path: str | Path, bf16_path: str | Path, *, device: str = "auto",
-            workers: int | None = None, missing_scale: str = "keep", dry_run: bool = False,
-            verify: bool = False, report: str | Path | None = None,
-            ranks: Ranks = Ranks()) -> None:  # noqa: B008 (frozen)
-    """Convert the FP8 checkpoint in one folder into a BF16 checkpoint in another.
-
-    device: "auto", "cpu", "cuda" or "cuda:N". workers: threads; by default two per core, 4 to 16.
-    missing_scale: "keep", "cast" or "error", as in make_plan. dry_run: only print what would be
-    done. verify: only compare an existing output with what it should be. report: a file for a JSON
-    record of it all. ranks: which of several processes this is, each of which makes some shards.
-
-    Raises CheckpointError for what is wrong with the checkpoint or a verified output, OSError for
-    the disk, UsageError for the arguments. Until all is there, the output holds no index and no
-    config.
-    """
-    began = time.perf_counter()
-    source, out, report = Path(fp8_path), Path(bf16_path), Path(report) if report else None
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(16, max(4, 2 * (cores or 1) // ranks.local_count))
-    if workers < 1:
-        raise UsageError(f"--workers {workers}: expected a positive number")
-    if missing_scale not in MISSING_SCALE:
-        raise UsageError(f"--missing-scale {missing_scale}: expected {', '.join(MISSING_SCALE)}")
-    if dry_run and verify:
-        raise UsageError("--dry-run and --verify: expected one of them")
-    check_folders(source, out, report)
-    chosen, why = pick_device(device, ranks.local_rank)
-    if ranks.rank == 0:
-        several = f", {ranks.count} ranks" if ranks.count > 1 else ""
-        how = f"Verifying on the CPU: {workers} workers" if verify else (
-            f"Device: {chosen} ({why}), {workers} workers")
-        say(how + several)
-    plan = make_plan(load_checkpoint(source), missing_scale)
-    side = find_side_files(plan)
-    record = Report({"input": str(source), "output": str(out), "device": str(chosen),
-                     "workers": workers, "missing_scale": missing_scale, "dry_run": dry_run,
-                     "verify": verify}, versions())
-    record.describe(plan, side)
-    record.implausible = find_implausible(plan)
-    if ranks.rank == 0:
-        tell_plan(record)
-    if verify:
-        record.differences = find_differences(plan, out, side.texts, workers, ranks)
-    else:
-        make_output(plan, out, side, chosen, workers, dry_run, ranks, record)
-    record.seconds["total"] = time.perf_counter() - began
-    if report is not None:
-        name = f"{report.stem}.rank{ranks.rank}{report.suffix}" if ranks.rank else report.name
-        record.save(report.with_name(name))
-    if verify:
-        tell_verified(record, out, ranks)
-    elif not dry_run:
-        tell_converted(record, ranks)
+def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
+    """Say what will be done, and return the record of it."""
+    steps, tensors = [*plan.steps], plan.checkpoint.tensors.values()
+    kinds = Counter(kind_of(step) for step in steps if step.quantization)
+    missing = {kind: [tensor.name for tensor in plan.reading.missing]
+               if kind == options.missing_scale else [] for kind in MISSING_SCALE}
+    report = Report(
+        options,
+        {"shards": len(plan.checkpoint.shards), "tensors": len(tensors),
+         "bytes": sum(tensor.size for tensor in tensors)},
+        {"shards": len(plan.shards), "tensors": len(steps), "bytes": plan.size},
+        dict(kinds.most_common()), len(steps) - kinds.total(), len(plan.reading.dropped),
+        [tensor.name for tensor in plan.reading.orphans],
+        dict.fromkeys(missing["keep"], "no scale"), missing["cast"], side.left_out,
+        find_apart_experts(plan), find_implausible(plan))
+    if options.ranks.rank > 0:
+        return report
+    for title, numbers in (("Input", report.input), ("Output", report.output)):
+        shards, tensors = (counted(numbers[f"{noun}s"], noun) for noun in ("shard", "tensor"))
+        say(f"{title}: {shards}, {tensors}, {sized(numbers['bytes'])}")
+    for kind, count in report.dequantized.items():
+        say(f"  {counted(count, 'weight')} to dequantize: {kind}")
+    say(f"  {counted(report.copied, 'tensor')} to copy, {counted(report.dropped, 'scale')} to drop")
+    for name in report.kept_in_fp8:
+        say(f"Warning: Missing scale_inv tensor for {name}, skipping conversion")
+    if side.left_out:
+        say(f"Not copied (other weights, or not regular files): {', '.join(side.left_out)}")
+    if report.experts_apart:
+        say(f"Experts are stored one by one ({report.experts_apart}), while models of this "
+            "architecture have them in one tensor: loaders may not find them")
+    for line in report.implausible:
+        say(f"Warning: {line}", sys.stderr)
+    return report
 
 
-def make_output(plan: Plan, out: Path, side: SideFiles, device: torch.device, workers: int,
-                dry_run: bool, ranks: Ranks, record: Report) -> None:
+def tell_state(state: OutputState, plan: Plan, options: Options, record: Report) -> None:
+    """Say what is there and what there is room for. Raises CheckpointError if too little."""
+    out = options.output
+    record.shards_already_there = sorted(state.done)
+    record.complete = not (len(state.done) < len(plan.shards) or state.files or state.stale)
+    if state.done:
+        say(f"Already there: {len(state.done)} of {counted(len(plan.shards), 'shard')}")
+    if state.replaced:
+        say("To be replaced (made from another input, or read differently): "
+            f"{', '.join(state.replaced)}")
+    newer = {tensor.path.name for shard in plan.shards if shard.name in state.done
+             for step in shard.steps for tensor in sources_of(step)
+             if tensor.path.stat().st_mtime_ns > (out / shard.name).stat().st_mtime_ns}
+    if newer:
+        say(f"Input files newer than their output: {', '.join(sorted(newer))}; run --verify to be "
+            "sure")
+    say(f"Space: {sized(state.needed)} to write, {sized(state.free)} free; memory: "
+        f"{options.workers} workers, at most {sized(2 * WINDOW)} each")
+    if state.needed > state.free:
+        raise CheckpointError(f"{out}: not enough space: {sized(state.needed - state.free)} short; "
+                              "free some or give another output")
+
+
+def make_output(plan: Plan, side: SideFiles, options: Options, record: Report) -> None:
     """Make the output of a plan, or what is missing of it.
 
     Rank 0 looks after the folder: what is there, what must go, and what completes it. The others
     start when it has left their plan's digest there, and replace nothing but their own shards.
     """
-    mine = shards_of_rank(plan.shards, ranks.rank, ranks.count)
+    out, ranks = options.output, options.ranks
+    mine, pool = shards_of_rank(plan.shards, ranks.rank, ranks.count), []
     with ExitStack() as stack:
-        if ranks.rank > 0:
-            if dry_run:
-                return
-            there = [shard for shard in mine if os.path.lexists(out / shard.name)]
-            check_ours(there, out)
-            done = find_done(there, out, workers)
-            if len(done) < len(mine):
-                await_plan(out, digest_of(plan), ranks.rank)
+        if ranks.rank == 0:
+            done = prepare(plan, side, options, record, stack)
         else:
-            if ranks.count > 1 and not dry_run:
-                (out / RANKS_NAME).unlink(missing_ok=True)  # of a job that was killed
-            state = inspect_output(plan, out, side, workers)
-            tell_state(state, plan, out, workers, record)
-            done = state.done
-            if dry_run or (state.complete and ranks.count == 1):
-                return
-            out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(out))
-            unfinished = {path for path in state.stale if path.suffix == TEMPORARY_SUFFIX}
-            for path in state.stale if not state.complete else ():
-                if ranks.count == 1 or path not in unfinished:  # Another rank may be writing it.
-                    path.unlink(missing_ok=True)
-            sync_folder(out)
-            if ranks.count > 1:
-                write_whole(out / RANKS_NAME, digest_of(plan))
+            there = [shard for shard in mine if os.path.lexists(out / shard.name)]
+            done = find_done(there, out, options.workers)
+            if len(done) < len(mine) and not options.dry_run:
+                await_plan(out, digest_of(plan), ranks.rank)
+        if options.dry_run or (record.complete and ranks.count == 1):
+            return
         todo = [shard for shard in mine if shard.name not in done]
-        pool = [Worker(device, WINDOW) for _ in range(workers)] if todo else []
         if todo:
+            pool = [Worker(torch.device(options.device), WINDOW) for _ in range(options.workers)]
             write_shards(todo, out, pool, ranks.rank > 0)
         if ranks.rank == 0:
-            own = {shard.name for shard in mine}
-            await_shards([shard for shard in plan.shards if shard.name not in own], out)
-            for path in unfinished:
+            await_shards([shard for shard in plan.shards if shard not in mine], out)
+            for path in out.glob(f"*{TEMPORARY_SUFFIX}"):
                 path.unlink(missing_ok=True)
             if not record.complete:
                 publish(plan.checkpoint.root, out, side)
             (out / RANKS_NAME).unlink(missing_ok=True)
     record.bytes_written = sum(shard.size for shard in todo)
-    counts, seconds = Counter(), Counter(dict.fromkeys(PHASES, 0.0))
-    for worker in pool:
-        counts.update(worker.nonfinite)
-        seconds.update(worker.seconds)
-    record.seconds = dict(seconds)
-    record.nonfinite = {kind: {name: n for (name, what), n in counts.items() if what == kind}
-                        for kind in NONFINITE}
+    record.seconds = dict(sum((worker.seconds for worker in pool), Counter()))
+    counts = sum((worker.nonfinite for worker in pool), Counter())
+    record.NaN, record.infinite = ({name: count for (what, name), count in counts.items()
+                                    if what == kind} for kind in NONFINITE)
 
 
-def tell_plan(record: Report) -> None:
-    """Print what will be done."""
-    for side, numbers in (("Input", record.input), ("Output", record.output)):
-        shards, tensors = (counted(numbers[f"{noun}s"], noun) for noun in ("shard", "tensor"))
-        say(f"{side}: {shards}, {tensors}, {sized(numbers['bytes'])}")
-    for kind, count in record.dequantized.items():
-        say(f"  {counted(count, 'weight')} to dequantize: {kind}")
-    say(f"  {counted(record.copied, 'tensor')} to copy, {counted(record.dropped, 'scale')} to drop")
-    for name in record.kept_in_fp8:
-        say(f"Warning: Missing scale_inv tensor for {name}, skipping conversion")
-    if record.files_left_out:
-        say("Not copied (other weights, or not regular files): "
-            f"{', '.join(record.files_left_out)}")
-    if record.experts_apart:
-        say(f"Experts stand by themselves ({record.experts_apart}), where models of this "
-            "architecture have them in one tensor: loaders may not find them")
-    for line in record.implausible:
-        print(printable(f"Warning: {line}"), file=sys.stderr, flush=True)
+def prepare(plan: Plan, side: SideFiles, options: Options, record: Report,
+            stack: ExitStack) -> set[str]:
+    """Look at the output, say what is there, lock it, and remove what must go.
 
-
-def tell_state(state: OutputState, plan: Plan, out: Path, workers: int, record: Report) -> None:
-    """Print what is there and what there is room for. Raises CheckpointError if too little."""
-    record.shards_already_there, record.complete = sorted(state.done), state.complete
-    if state.done:
-        say(f"Already there: {len(state.done)} of {counted(len(plan.shards), 'shard')}")
-    if state.replaced:
-        say(f"To be replaced, of another input or another reading: {', '.join(state.replaced)}")
-    newer = {path for shard in plan.shards if shard.name in state.done
-             for path in {tensor.path for step in shard.steps for tensor in sources_of(step)}
-             if path.stat().st_mtime_ns > (out / shard.name).stat().st_mtime_ns}
-    if newer:
-        say(f"Newer than the output made of it: {', '.join(sorted(p.name for p in newer))}; run "
-            "--verify to be sure")
-    say(f"Space: {sized(state.needed)} to write, {sized(state.free)} free; memory: {workers} "
-        f"workers, at most {sized(2 * WINDOW)} each")
-    if state.needed > state.free:
-        raise CheckpointError(f"{out}: there is {sized(state.needed - state.free)} too little "
-                              "space for it; free some or give another output")
+    Returns the names of the shards that are done. stack: holds the lock.
+    """
+    out, several = options.output, options.ranks.count > 1
+    if several and not options.dry_run:
+        (out / RANKS_NAME).unlink(missing_ok=True)  # of a job that was killed
+    state = inspect_output(plan, out, side, options.workers)
+    tell_state(state, plan, options, record)
+    if options.dry_run or (record.complete and not several):
+        return state.done
+    out.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(locked(out))
+    for path in [*(out / name for name in side.texts), *state.stale]:
+        # Another rank may be writing a temporary file.
+        if not record.complete and not (several and path.suffix == TEMPORARY_SUFFIX):
+            path.unlink(missing_ok=True)
+    sync(out)
+    if several:
+        write_whole(out / RANKS_NAME, digest_of(plan))
+    return state.done
 
 
 def tell_converted(record: Report, ranks: Ranks) -> None:
-    """Print what was done; the last line sums it up."""
+    """Say what was done; the last line sums it up."""
     for kind in NONFINITE:
-        if counts := record.nonfinite.get(kind):
-            say(f"{counted(sum(counts.values()), kind + ' value')}, in {', '.join(counts)}")
+        if found := getattr(record, kind):
+            say(f"{counted(sum(found.values()), kind + ' value')}, in {', '.join(found)}")
     if ranks.rank > 0:
         return
     if record.complete:
@@ -2711,30 +2445,71 @@ def tell_converted(record: Report, ranks: Ranks) -> None:
             say(f"FP8 weights without a scale, {fate}: {len(names)}")
             for name in names:
                 say(f"  {name}")
-    if orphans := record.dropped_scales_of_no_weight:
-        say(f"Dropped scales of no weight: {', '.join(orphans)}")
-    out, seconds = record.output, record.seconds
-    limits = {**seconds, "writing": seconds["writing"] + seconds["syncing"]}
-    limit = max(PHASES[:3], key=limits.get)
+    if record.dropped_scales_of_no_weight:
+        say(f"Dropped scales of no weight: {', '.join(record.dropped_scales_of_no_weight)}")
+    out, seconds = record.output, Counter(record.seconds)
+    seconds["writing"] += seconds["syncing"]
     say(f"Converted {counted(out['shards'], 'shard')}, {counted(out['tensors'], 'tensor')}: "
         f"{sum(record.dequantized.values()):,} dequantized, {record.copied:,} copied, "
         f"{counted(record.dropped, 'scale')} dropped; {sized(record.input['bytes'])} in, "
         f"{sized(out['bytes'])} out, {seconds['total']:.1f} s, "
-        f"{record.bytes_written / seconds['total'] / 1e9:.2f} GB/s, limited by {limit}")
+        f"{record.bytes_written / seconds['total'] / 1e9:.2f} GB/s, "
+        f"limited by {max(PHASES[:3], key=lambda phase: seconds[phase])}")
 
 
-def tell_verified(record: Report, out: Path, ranks: Ranks) -> None:
-    """Print how an output differs. Raises CheckpointError if it does."""
-    differences, seconds = record.differences, record.seconds["total"]
-    for difference in differences:
+def tell_verified(record: Report, options: Options) -> None:
+    """Say how an output differs. Raises CheckpointError if it does."""
+    for difference in record.differences:
         say(difference)
-    if differences:
-        raise CheckpointError(f"{out}: is not what the input gives, in "
-                              f"{counted(len(differences), 'place')}")
-    if ranks.rank == 0:
-        size = record.input["bytes"] + record.output["bytes"]
-        say(f"Verified {counted(record.output['tensors'], 'tensor')}: all as they should be; "
+    if record.differences:
+        raise CheckpointError(f"{options.output}: differs from what the input gives in "
+                              f"{counted(len(record.differences), 'place')}")
+    size, seconds = record.input["bytes"] + record.output["bytes"], record.seconds["total"]
+    if options.ranks.rank == 0:
+        say(f"Verified {counted(record.output['tensors'], 'tensor')}: no differences; "
             f"{sized(size)} read, {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
+
+
+def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path | None = None,
+            **options) -> None:
+    """Convert the FP8 checkpoint in one folder into a BF16 checkpoint in another.
+
+    The options are those of the command line; see Options. Raises CheckpointError for what is wrong
+    with the checkpoint or a verified output, OSError for the disk, UsageError for the arguments.
+    Until all is there, the output holds no index and no config.
+    """
+    began = time.perf_counter()
+    options = Options(Path(fp8_path), Path(bf16_path), report=report and Path(report), **options)
+    ranks, workers = options.ranks, options.workers
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(16, max(4, 2 * (cores or 1) // ranks.local_count))
+    device, why = pick_device(options.device, ranks.local_rank)
+    if ranks.rank == 0:
+        where = "Verifying on the CPU" if options.verify else f"Device: {device} ({why})"
+        several = f", {ranks.count} ranks" if ranks.count > 1 else ""
+        say(f"{where}, {workers} workers{several}")
+    options = replace(options, device=str(device), workers=workers)
+    plan = make_plan(load_checkpoint(options.input), options.missing_scale)
+    side = find_side_files(plan)
+    record = report_plan(plan, side, options)
+    if options.verify:
+        record.differences = find_differences(plan, options.output, side.texts, workers, ranks)
+    else:
+        make_output(plan, side, options, record)
+    record.seconds["total"] = time.perf_counter() - began
+    if path := options.report:
+        path = path.with_stem(f"{path.stem}.rank{ranks.rank}") if ranks.rank else path
+        write_whole(path, json.dumps(asdict(record), indent=2, default=str) + "\n")
+    if options.verify:
+        tell_verified(record, options)
+    elif not options.dry_run:
+        tell_converted(record, ranks)
+
+
+def main(fp8_path: str | Path, bf16_path: str | Path, **options) -> None:
+    """Convert the FP8 checkpoint in one folder into a BF16 checkpoint in another."""
+    convert(fp8_path, bf16_path, **options)
 
 
 def cli(arguments: list[str] | None = None) -> int:
@@ -2743,10 +2518,8 @@ def cli(arguments: list[str] | None = None) -> int:
     That is 0 if converted or verified, 1 if impossible or different, 130 or 143 if interrupted.
     """
     parser = argparse.ArgumentParser(
-        description="Convert an FP8 checkpoint into a BF16 one.",
-        epilog=formats_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        description="Convert an FP8 checkpoint into a BF16 one.", epilog=formats_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input-fp8-hf-path", required=True, metavar="IN", dest="fp8_path", help="the checkpoint")
     add("--output-bf16-hf-path", required=True, metavar="OUT", dest="bf16_path",
@@ -2775,16 +2548,13 @@ def cli(arguments: list[str] | None = None) -> int:
     return 0
 
 
-MESSAGE_LIMIT = 2000  # Characters: a tensor's name may be as long as a book.
-
-
 def message_of(error: Exception) -> str:
     """Return one line about an error, which names the file where there is one."""
     text = str(error) if isinstance(error, CheckpointError) else str(error).partition("\n")[0]
     if isinstance(error, OSError) and error.filename:
         text = f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError | RecursionError):
-        text = f"the memory does not suffice: {text or type(error).__name__}; try --workers 1"
+    if isinstance(error, MemoryError):
+        text = f"out of memory{text and ': ' + text}; try --workers 1"
     if len(text) > MESSAGE_LIMIT:
         text = f"{text[: MESSAGE_LIMIT // 2]} ... {text[-MESSAGE_LIMIT // 2 :]}"
     return text or type(error).__name__

@@ -5,14 +5,14 @@
 The product is rounded to float32 and then once to BF16, both to nearest even, on either device.
 Every NaN becomes 0x7FC0, so the bytes do not depend on where they were computed.
 
-Both paths take the codes as plain bytes. The bits of a small float, moved to where a larger one has
-its own, are a number that is too small by a constant power of two, exactly, subnormals included;
-the scale takes that power over. So no FP8 type reaches Triton, which refuses them on GPUs older
-than sm_89, nor torch's own float8 cast, which takes six times as long as the whole CPU path.
+The CPU path looks each code up in a table of 256 values, which torch's own cast has made. The
+Triton kernel decodes with integer operations: the bits of a small float, moved to where float32
+has its own, are a number that is too small by a constant power of two, exactly, subnormals
+included, and the scale takes that power over. So no FP8 type reaches Triton, which refuses them on
+GPUs older than sm_89.
 """
 
 import functools
-import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 
 BF16_NAN = 0x7FC0
-# Elements of a piece on the CPU, for which a thread keeps 6 bytes of scratch each.
+# Elements of a piece on the CPU, for which a thread keeps 8 bytes of scratch each.
 MAX_PIECE = 1 << 20
 MAX_SCALE = 2.0**100  # On the CPU no product with a smaller scale overflows.
-SCRATCH, MAX_VIEWS = threading.local(), 64
+SCRATCH = threading.local()
 NONE_COUNTED = torch.zeros(2, dtype=torch.int64)  # Neither NaN nor infinities.
 LAUNCH = threading.Lock()  # Of several threads one compiles the kernel, and the others find it.
 
@@ -38,22 +38,27 @@ class NumberFormat:
 
     exponent_bits is 0 for integers, which are two's complement where offset is 0 and `offset` more
     than their value otherwise. nonfinite is the smallest magnitude (the code without its sign) that
-    is no finite number, NEVER where all are.
+    is no finite number, NEVER where all are. meaning: the dtype by which torch reads a byte, or the
+    values of the 16 codes of which a byte holds two, the first in its low half.
     """
 
     exponent_bits: int
     mantissa_bits: int
     nonfinite: int
+    meaning: torch.dtype | tuple[float, ...]
     offset: int = 0
 
     @property
     def codes_per_byte(self) -> int:
-        """1, or 2 with the first code in the low half."""
-        return 8 // (1 + self.exponent_bits + self.mantissa_bits)
+        return 1 if isinstance(self.meaning, torch.dtype) else 2
 
-    def too_small(self, exponent_bits: int) -> float:
-        """Return the factor that a code's bits lack as a float with this many exponent bits."""
-        return 2.0 ** (2 ** (exponent_bits - 1) - 2 ** (self.exponent_bits - 1))
+    @functools.cached_property
+    def values(self) -> torch.Tensor:
+        """What each byte means: (256, codes per byte) float32."""
+        codes = torch.arange(256, dtype=torch.uint8)
+        if self.codes_per_byte == 1:
+            return codes.view(self.meaning).float()[:, None]
+        return torch.tensor(self.meaning)[torch.stack([codes & 15, codes >> 4], 1).int()]
 
     @functools.cached_property
     def constants(self) -> dict[str, int | float]:
@@ -62,51 +67,36 @@ class NumberFormat:
         # A code stands in the upper bits of its byte, which is extended by its sign to an int32.
         shift = 8 + 8 // self.codes_per_byte + 7 - self.mantissa_bits
         mask = ((1 << bits) - 1 << 23 - self.mantissa_bits) - (1 << 31)
+        rescale, largest = 1.0, 128.0  # The factor that the bits lack; the largest magnitude.
+        if self.exponent_bits:
+            rescale = 2.0 ** (128 - 2 ** (self.exponent_bits - 1))
+            largest = 2.0 ** (2 ** (self.exponent_bits - 1) + 1)
         # A smaller scale can take over RESCALE, or be multiplied with any value, without overflow.
-        largest = 2.0 ** (2 ** (self.exponent_bits - 1) + 1) if self.exponent_bits else 128.0
-        rescale = self.too_small(8) if self.exponent_bits else 1.0
         limit = torch.tensor(2.0**127 / max(rescale, largest)).view(torch.int32).item()
         return {"EXPONENT_BITS": self.exponent_bits, "CODES_PER_BYTE": self.codes_per_byte,
                 "SHIFT": shift, "MASK": mask, "NONFINITE": self.nonfinite, "LIMIT": limit,
                 "RESCALE": rescale,
                 "FLIP": self.offset * 0x11}  # Subtracting 8 is flipping the top bit.
 
-    @functools.cached_property
-    def values(self) -> torch.Tensor:
-        """What each byte means: (256,) float32, or (256, 2) where it holds two codes."""
-        if self.codes_per_byte == 1:
-            return torch.tensor([self._value(code) for code in range(256)])
-        return torch.tensor([[self._value(b & 15), self._value(b >> 4)] for b in range(256)])
-
-    def _value(self, code: int) -> float:
-        bits = self.exponent_bits + self.mantissa_bits
-        sign, magnitude = code >> bits, code & (1 << bits) - 1
-        if not self.exponent_bits:
-            return float(code - self.offset if self.offset else magnitude - (sign << bits))
-        exponent, mantissa = divmod(magnitude, 1 << self.mantissa_bits)
-        if magnitude >= self.nonfinite:
-            value = math.nan if mantissa else math.inf
-        else:
-            hidden = (exponent > 0) << self.mantissa_bits
-            bias = 2 ** (self.exponent_bits - 1) - 1
-            value = math.ldexp(hidden + mantissa, max(exponent, 1) - bias - self.mantissa_bits)
-        return -value if sign else value
-
 
 NEVER = 0x80
 # OCP 8-bit Floating Point Specification: E4M3 (the FN variant: 0x7F is NaN, there is no infinity),
 # E5M2 (0x7C is infinity). OCP Microscaling Formats Specification: E2M1, E8M0.
 FORMATS = {
-    "E4M3": NumberFormat(4, 3, nonfinite=0x7F),
-    "E5M2": NumberFormat(5, 2, nonfinite=0x7C),
-    "E2M1": NumberFormat(2, 1, nonfinite=NEVER),
-    "INT8": NumberFormat(0, 7, nonfinite=NEVER),
-    "INT4": NumberFormat(0, 3, nonfinite=NEVER),
-    "UINT4B8": NumberFormat(0, 3, nonfinite=NEVER, offset=8),
+    "E4M3": NumberFormat(4, 3, 0x7F, torch.float8_e4m3fn),
+    "E5M2": NumberFormat(5, 2, 0x7C, torch.float8_e5m2),
+    "E2M1": NumberFormat(2, 1, NEVER, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0,
+                                       -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)),
+    "INT8": NumberFormat(0, 7, NEVER, torch.int8),
+    "INT4": NumberFormat(0, 3, NEVER, (*map(float, range(8)), *map(float, range(-8, 0)))),
+    "UINT4B8": NumberFormat(0, 3, NEVER, (*map(float, range(-8, 8)),), offset=8),
 }
 FORMAT_OF_DTYPE = {torch.float8_e4m3fn: "E4M3", torch.float8_e5m2: "E5M2", torch.uint8: "E4M3",
                    torch.int8: "INT8"}
-SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SCALE_DTYPES = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.float8_e8m0fnu,
+}
 
 
 @dataclass(frozen=True)
@@ -200,6 +190,7 @@ def dequantize(
     row: int = 0,
     col: int = 0,
     divide: bool = False,
+    stream=None,
 ) -> torch.Tensor:
     """Dequantize a piece of a weight: whole rows, or a part of one.
 
@@ -208,35 +199,42 @@ def dequantize(
     codes: (M, at least ceil(N / codes per byte)) uint8, of which each row begins with the byte that
     holds the code of column `col`; contiguous.
     scales: float32, the matrix of the piece's scales, which grid.scale_region names.
-    All three on one device, where the work is done. number_format: a key of FORMATS. divide: by the
-    scales; on the CPU only.
+    All three on one device, where the work is done; or on the CPU, with a torch.cuda.Stream whose
+    device does it. number_format: a key of FORMATS. divide: by the scales; on the CPU only.
 
     Returns the numbers of NaN and of infinities in out: two integers in a tensor on that device,
-    whose computation may not have finished.
+    whose computation may not have finished; with a stream it has, and everything is on the CPU.
     """
     if not out.numel():
         return torch.zeros(2, dtype=torch.int64, device=out.device)
-    path = _dequantize_triton if codes.is_cuda else _dequantize_cpu
-    return path(codes, scales, out, FORMATS[number_format], grid, row, col, divide)
+    rest = FORMATS[number_format], grid, row, col
+    if stream is None or divide:
+        path = _dequantize_triton if codes.is_cuda else _dequantize_cpu
+        return path(codes, scales, out, *rest, divide)
+    with torch.cuda.stream(stream):
+        codes, scales = (t.to(stream.device, non_blocking=True) for t in (codes, scales))
+        result = torch.empty_like(out, device=stream.device)
+        nonfinite = _dequantize_triton(codes, scales, result, *rest, divide)
+        out.copy_(result, non_blocking=True)
+        return nonfinite.cpu()  # Waits for the stream, so all buffers are free again.
 
 
 def _dequantize_cpu(codes, scales, out, fmt, grid, row, col, divide) -> torch.Tensor:
-    # NaN fails these comparisons. Scales may absorb the power of two only if all is finite.
-    finite = not divide and all(abs(end.item()) < MAX_SCALE for end in scales.aminmax())
-    finite = finite and (fmt.nonfinite == NEVER or _largest_magnitude(codes) < fmt.nonfinite)
-    values, rescale = _decode(codes, fmt)
-    if finite:
-        scales = scales * rescale
-    else:
-        values *= rescale
-        if fmt.nonfinite == 0x7F:
-            values.masked_fill_((codes & 0x7F) == 0x7F, math.nan)
+    M, width = codes.shape
+    # Each torch call releases Python's lock, and with many cores the threads queue to get it back.
+    # So there are few calls: two codes of a byte are one lookup of 8 bytes.
+    table = fmt.values.view(torch.float32 if fmt.codes_per_byte == 1 else torch.int64).flatten()
+    index = _scratch("index", M * width, torch.int32).copy_(codes.view(-1))
+    values = torch.index_select(table, 0, index, out=_scratch("values", M * width, table.dtype))
+    values = values.view(torch.float32).view(M, -1)
     if values.shape != out.shape:
         skipped = col % fmt.codes_per_byte
         values = values[:, skipped : skipped + out.shape[1]]
     _scale(values, scales, grid, row, col, torch.Tensor.div_ if divide else torch.Tensor.mul_)
     out.copy_(values)
-    if finite:
+    # NaN fails these comparisons, and no product of smaller numbers overflows.
+    finite = not divide and all(abs(end.item()) < MAX_SCALE for end in scales.aminmax())
+    if finite and (fmt.nonfinite == NEVER or _largest_magnitude(codes) < fmt.nonfinite):
         return NONE_COUNTED
     out.view(torch.int16)[out.isnan()] = BF16_NAN
     return torch.stack([out.isnan().sum(), out.isinf().sum()])
@@ -247,55 +245,14 @@ def _largest_magnitude(codes: torch.Tensor) -> int:
     return max(codes.view(torch.int8).max().item(), codes.max().item() - 0x80)
 
 
-def _scratch(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def _scratch(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
     """Return memory that later calls in this thread reuse: the system takes longer to provide new
     pages than the arithmetic takes to fill them.
     """
-    views, memory = vars(SCRATCH).setdefault(name, ({}, []))
-    if (shape, dtype) not in views:
-        size = shape[0] * shape[1] * dtype.itemsize
-        if not memory or len(memory[0]) < size or len(views) > MAX_VIEWS:
-            views.clear()
-            memory[:] = [torch.empty(size, dtype=torch.uint8)]
-        views[shape, dtype] = memory[0][:size].view(dtype).view(shape)
-    return views[shape, dtype]
-
-
-def _decode(codes: torch.Tensor, fmt: NumberFormat) -> tuple[torch.Tensor, float]:
-    """Return (M, bytes) codes as (M, codes) float32 in scratch, and the factor they are short of.
-
-    Floats become float16 bits, which widen to float32 exactly at the same speed whatever the
-    values: float32 or BF16 bits would make subnormal numbers of subnormal codes, of which the
-    product with a scale takes an Intel core ten times as long. E4M3's NaN becomes a finite number.
-
-    Each torch call releases Python's lock, and with many cores the threads queue to get it back. So
-    there are few calls, and the views of scratch are kept.
-    """
-    M, N = shape = (*codes.shape,)
-    values = _scratch("values", (M, N * fmt.codes_per_byte), torch.float32)
-    if fmt.codes_per_byte == 1 and not fmt.exponent_bits:
-        return values.copy_(codes.view(torch.int8)), 1.0
-    if fmt.codes_per_byte == 1:
-        # Widening int8 extends its sign to the top bit; * is faster than torch's <<.
-        bits = _scratch("bits", shape, torch.int16).copy_(codes.view(torch.int8))
-        bits *= 1 << 10 - fmt.mantissa_bits
-        if fmt.exponent_bits < 5:
-            bits &= -0x4001  # The sign's extension reaches bit 14, where the exponent has its own.
-    elif fmt.exponent_bits:  # two float16 in an int32: signs and magnitudes of both at once
-        bits = _scratch("bits", shape, torch.int32).copy_(codes)
-        signs = torch.mul(bits, 0x1001000, out=_scratch("signs", shape, torch.int32))
-        bits *= 0x200200
-        bits &= 0xE000E00
-        bits |= signs.bitwise_and_(-0x7FFF8000)
-    else:  # two int8 in an int16, each code in the upper half of its own
-        bits = _scratch("bits", shape, torch.int16).copy_(codes)
-        bits ^= fmt.offset * 0x11
-        high = torch.mul(bits, 0x100, out=_scratch("signs", shape, torch.int16))
-        bits *= 0x10
-        bits &= 0xF0
-        bits |= high.bitwise_and_(-0x1000)
-        return values.copy_(bits.view(torch.int8)), 1 / 16
-    return values.copy_(bits.view(torch.float16)), fmt.too_small(5)
+    memory = vars(SCRATCH).get((name, dtype))
+    if memory is None or len(memory) < size:
+        memory = vars(SCRATCH)[name, dtype] = torch.empty(size, dtype=dtype)
+    return memory[:size]
 
 
 def _scale(values, scales, grid, row, col, operation) -> None:
@@ -334,13 +291,7 @@ def widen_scales(raw: torch.Tensor, dtype: str) -> torch.Tensor:
 
     dtype: F32, BF16 or F16; F8_E4M3; F8_E8M0 or U8, which is 2 ** (byte - 127), and NaN for 255.
     """
-    if dtype in SCALE_DTYPES:
-        return raw.view(SCALE_DTYPES[dtype]).float()
-    if dtype == "F8_E4M3":
-        return FORMATS["E4M3"].values.to(raw.device)[raw.int()]
-    exponents = raw.int()  # the exponent field of a float32, but for both ends of its range
-    bits = torch.where(exponents == 0, 1 << 22, exponents << 23)
-    return torch.where(exponents == 0xFF, torch.nan, bits.view(torch.float32))
+    return raw.view(SCALE_DTYPES[dtype]).float()
 
 
 @functools.cache

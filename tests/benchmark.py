@@ -115,14 +115,9 @@ def run_verify(source: str, out: str) -> None:
 def run_reading(source: str, out: str) -> None:
     import fp8_cast_bf16
 
-    def read(step, tensor, piece, worker):
-        row, col, M, N = piece
-        places = [(tensor, fp8_cast_bf16.element_size(tensor)), (step.source, 1)]
-        if step.quantization is None:
-            places[1] = step.source, places[0][1]
-        for place, size in places:
-            start = place.start + (row * fp8_cast_bf16.cols_of(step) + col) * size
-            worker.read(place.path, start, worker.scratch("codes", M * N * size))
+    def read(step, tensor, row, col, M, N, worker):
+        for name, where in (("got", tensor), ("codes", step.source)):
+            worker.elements(name, where, row * fp8_cast_bf16.cols_of(step) + col, M * N)
 
     fp8_cast_bf16.compare_piece = read
     fp8_cast_bf16.main(source, out, verify=True)

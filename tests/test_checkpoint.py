@@ -211,7 +211,7 @@ def test_dangling_links_are_not_taken_for_absence(source):
     for name in ("config.json", INDEX):
         (source / name).unlink(missing_ok=True)
         (source / name).symlink_to("gone")
-        with pytest.raises(CheckpointError, match=f"{name}: is no file of the checkpoint"):
+        with pytest.raises(CheckpointError, match=f"{name}: is not a regular file of the check"):
             main(source, source.parent / "out")
         assert not (source.parent / "out").exists()
 
@@ -223,7 +223,7 @@ def test_a_config_that_is_no_file_of_the_checkpoint_is_refused(folder, secret, c
     special_file(folder / "in" / name, kind, secret)
     assert cli(arguments(folder / "in")) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {folder / 'in' / name}: is no file of the checkpoint itself")
+    assert error.startswith(f"error: {folder / 'in' / name}: is not a regular file of the check")
     assert not (folder / "out").exists()
 
 

@@ -199,6 +199,8 @@ def test_the_report_holds_what_was_done(tmp_path):
         "missing_scale": "keep",
         "dry_run": False,
         "verify": False,
+        "report": str(tmp_path / "r.json"),
+        "ranks": [0, 1, 0, 1],
     }
     assert report["versions"]["torch"] == torch.__version__
     assert {"python", "safetensors", "tqdm"} < {*report["versions"]}

@@ -37,7 +37,7 @@ def test_a_worker_that_raises_ends_the_run(source, monkeypatch, capsys, problem)
     assert cli(arguments(source)) == 1
     error = str(problem).splitlines()[0]
     if isinstance(problem, MemoryError):
-        error = f"the memory does not suffice: {error}; try --workers 1"
+        error = f"out of memory: {error}; try --workers 1"
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {error}"
     assert contents(source.parent / "out") == {}
 

@@ -200,4 +200,5 @@ def test_experts_that_loaders_may_not_find_are_mentioned(tmp_path, capsys, kind,
     tensors = {f"model.{name}.weight": finite_codes(4, 4), f"model.{name}.weight_scale": rand(1)}
     write_checkpoint(tmp_path / "in", {SHARD: tensors}, {"model_type": kind})
     main(tmp_path / "in", tmp_path / "out")
-    assert (f"Experts stand by themselves (model.{name}.weight)" in capsys.readouterr().out) == said
+    printed = capsys.readouterr().out
+    assert (f"Experts are stored one by one (model.{name}.weight)" in printed) == said

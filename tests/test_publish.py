@@ -430,7 +430,7 @@ def test_too_little_space_is_said_before_anything_is_written(source, capsys, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10**5))
     for more in ([], ["--dry-run"]):
         assert cli(arguments(source, *more)) == 1
-        assert "too little space" in capsys.readouterr().err
+        assert "not enough space" in capsys.readouterr().err
         assert not (source.parent / "out").exists()
 
 
@@ -442,5 +442,5 @@ def test_what_is_there_already_needs_no_space(source, out, monkeypatch):
     main(source, out)
     assert contents(out) == expected
     (out / TWO).unlink()
-    with pytest.raises(CheckpointError, match=r"too little space"):
+    with pytest.raises(CheckpointError, match=r"not enough space"):
         main(source, out)

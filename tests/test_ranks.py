@@ -221,7 +221,7 @@ def test_dry_run_and_verify_run_with_ranks(folder):
             done = run(2, path, "--verify")
             assert done.returncode == 1
             assert done.stdout.count(": element [") == 1
-            assert "is not what the input gives, in 1 place\n" in done.stderr
+            assert "differs from what the input gives in 1 place\n" in done.stderr
             (folder / "out" / name).write_bytes(before[name])
 
 

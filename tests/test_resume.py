@@ -88,7 +88,7 @@ def test_an_input_of_which_any_one_tensor_was_retrained_differs(source, out, cap
         before = stamps(out)
         capsys.readouterr()
         main(source, out)
-        assert f"To be replaced, of another input or another reading: {shard}\n" in (
+        assert f"To be replaced (made from another input, or read differently): {shard}\n" in (
             capsys.readouterr().out)
         main(source, out, verify=True)
         other = ({ONE, TWO} - {shard}).pop()
@@ -181,14 +181,14 @@ def test_another_treatment_of_missing_scales_rewrites_the_shard(tmp_path):
 @pytest.mark.parametrize("newer", [ONE, TWO])
 def test_an_input_newer_than_an_accepted_output_is_named_with_verify(source, out, capsys, newer):
     main(source, out)
-    assert "Newer" not in capsys.readouterr().out
+    assert "newer" not in capsys.readouterr().out
     later = (out / newer).stat().st_mtime + 10
     os.utime(source / newer, (later, later))
     before = stamps(out)
     main(source, out)
     printed = capsys.readouterr().out
-    (line,) = [line for line in printed.splitlines() if line.startswith("Newer")]
-    assert line == f"Newer than the output made of it: {newer}; run --verify to be sure"
+    (line,) = [line for line in printed.splitlines() if line.startswith("Input files newer")]
+    assert line == f"Input files newer than their output: {newer}; run --verify to be sure"
     assert stamps(out) == before
 
 
@@ -199,7 +199,7 @@ def test_a_newer_shard_of_scales_only_is_named(tmp_path, capsys):
     later = (out / ONE).stat().st_mtime + 10
     os.utime(source / TWO, (later, later))
     main(source, out)
-    assert f"Newer than the output made of it: {TWO}; run --verify" in capsys.readouterr().out
+    assert f"Input files newer than their output: {TWO}; run --verify" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", ["cut", "longer", "header"])
@@ -212,7 +212,7 @@ def test_a_shard_of_ours_that_is_not_as_planned_is_replaced_and_named(source, ou
     capsys.readouterr()
     main(source, out)
     printed = capsys.readouterr().out
-    assert f"To be replaced, of another input or another reading: {ONE}\n" in printed
+    assert f"To be replaced (made from another input, or read differently): {ONE}\n" in printed
     assert contents(out) == expected
 
 

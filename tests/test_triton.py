@@ -193,7 +193,7 @@ def test_the_windows_of_a_shard_need_few_variants_of_the_kernel(window, tmp_path
     launches, fmt = Launches(), kernel.FORMATS["E4M3"]
 
     def dequantize(codes, scales, out, number_format, *place):
-        return kernel._dequantize_triton(codes, scales, torch.empty_like(out), fmt, *place)
+        return kernel._dequantize_triton(codes, scales, torch.empty_like(out), fmt, *place[:-1])
 
     monkeypatch.setattr(kernel, "weight_dequant_kernel", lambda: launches)
     monkeypatch.setattr(kernel, "dequantize", dequantize)
