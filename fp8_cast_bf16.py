@@ -18,13 +18,17 @@ on no other, so the same bytes come out of one worker or many, a GPU or none, an
 by the windows in flight, however large a tensor is.
 """
 
+from __future__ import annotations
+
 import argparse
+import base64
 import ctypes
 import errno
 import filecmp
 import fnmatch
 import functools
 import gc
+import glob
 import hashlib
 import itertools
 import json
@@ -42,7 +46,7 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -53,14 +57,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-with warnings.catch_warnings():  # torch warns when numpy is not installed; nothing here uses it
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    import torch
-from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
-import kernel
-from kernel import Grid, ceil_div, pieces
+VERSION = "2.0"
+NEEDED = "needs torch>=2.7, safetensors>=0.6.1, tqdm: pip install -r requirements.txt"
 
 
 class CheckpointError(Exception):
@@ -71,15 +70,42 @@ class UsageError(ValueError):
     """The arguments cannot be meant as they are given."""
 
 
+def import_torch() -> None:
+    """Import torch, which takes seconds, and what needs it, once the arguments are known."""
+    global torch, tqdm, kernel, Grid, ceil_div, pieces
+    sys.path.insert(0, str(Path(__file__).parent))  # Not there with PYTHONSAFEPATH.
+    try:
+        with warnings.catch_warnings():  # torch warns without numpy; nothing here uses it
+            warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+            import torch
+        from tqdm import tqdm
+        if [*map(int, re.findall(r"\d+", torch.__version__)[:2])] < [2, 7]:
+            raise ImportError(f"torch is {torch.__version__}")
+        import kernel
+        from kernel import Grid, ceil_div, pieces
+    except ImportError as error:
+        raise UsageError(f"{error}; {NEEDED}") from error
+    finally:
+        del sys.path[0]
+
+
 def printable(text: str) -> str:
     """Return text that a terminal can show and that does not steer it, whatever a tensor's name."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def say(text: str, file=None) -> None:
     print(printable(text), file=file, flush=True)
+
+
+def sized(count: int) -> str:
+    return tqdm.format_sizeof(count, "B")
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 @contextmanager
@@ -92,21 +118,36 @@ def naming(path: Path):
         raise
 
 
+if __name__ != "__main__":
+    import_torch()
+
+
 # --- checkpoint: where every tensor's bytes are ---
 
-INDEX_NAME, INDEX_SUFFIX = "model.safetensors.index.json", ".safetensors.index.json"
-CONFIG_NAME, PARAMS_NAME = "config.json", "params.json"  # The second is Mistral's own.
+INDEX_NAME, INDEX_PATTERN = "model.safetensors.index.json", "*.safetensors.index*.json"
+CONFIG_NAME, CONFIG_PATTERN = "config.json", "config*.json"
+PARAMS_NAME = "params.json"  # Mistral's own.
 NVIDIA_CONFIG_NAME, SIDECAR_NAME = "hf_quant_config.json", "quantization_config.json"
-SHARD_NAME = re.compile(r"[^/\\\0]+\.safetensors")
-TOOL_FOLDERS = {".git", ".cache"}
+TOOL_FOLDERS = {".git", ".cache", "lost+found"}
+OTHER_SETS = ["consolidated*", "original"]  # The same weights a second time, under other names.
+# Files that a download leaves beside a file until it is whole (aria2, browsers, curl, hub clients).
+UNFINISHED = [".aria2", ".part", ".crdownload", ".incomplete"]
+NUMBERED = re.compile(r"(.*)-(\d{5,6})-of-(\d{5,6})(.*)\.safetensors", re.DOTALL)
 HEADER_LIMIT = 100_000_000  # Bytes, from safetensors; an index lists no more than headers do.
 CONFIG_LIMIT = 10_000_000  # Bytes, far more than any model needs.
+# Bits of an element, in the order in which safetensors' own writer lays out tensors: larger
+# elements first, so that every tensor is aligned to its element size.
+DTYPE_BITS = {
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64, "F32": 32, "U32": 32, "I32": 32, "BF16": 16,
+    "F16": 16, "U16": 16, "I16": 16, "F8_E5M2FNUZ": 8, "F8_E4M3FNUZ": 8, "F8_E8M0": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "F6_E3M2": 6, "F6_E2M3": 6, "F4": 4, "BOOL": 8,
+}
 
 
 class Tensor(NamedTuple):
     """A tensor on disk: dtype as safetensors spells it, bytes [start, stop) of the file at path.
 
-    For a planned output, path is the shard's name alone.
+    For a planned output, path is relative to the output.
     """
 
     name: str
@@ -138,7 +179,9 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Shard names with their metadata, all tensors by name, and the JSON files that are there."""
+    """The shards of one folder, by name from there, with their metadata; all tensors by name; and
+    the JSON files that are there.
+    """
 
     root: Path
     shards: dict[str, dict[str, str]]
@@ -150,14 +193,21 @@ class Checkpoint:
 def is_plain(path: Path, root: Path) -> bool:
     """Return whether a path is a file of the checkpoint, not a pipe or a link out of it.
 
-    A link may lead to a private file, which must not end up in an output that gets published. A
-    Hugging Face cache keeps the files of a snapshot as links into its own `blobs`: those count.
+    A link may lead to a private file, which must not end up in an output that gets published. The
+    Hugging Face hub keeps the files of a snapshot as links to `blobs/HASH`, wherever that is
+    mounted: those count.
     """
     root, target = root.resolve(), path.resolve()
-    inside = [root, *(p.parent / "blobs" for p in root.parents
-                      if p.name == "snapshots" and p.parent.name.startswith("models--"))]
+    blobs = [p.parent / "blobs" for p in root.parents
+             if p.name == "snapshots" and p.parent.name.startswith("models--")]
+    if target.parent in blobs or re.search(r"/blobs/[0-9a-f]{40}([0-9a-f]{24})?\Z", str(target)):
+        return path.is_file()
     tool = target.is_relative_to(root) and TOOL_FOLDERS & {*target.relative_to(root).parts}
-    return path.is_file() and not tool and any(target.is_relative_to(place) for place in inside)
+    return path.is_file() and target.is_relative_to(root) and not tool
+
+
+def is_like(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def walk(value) -> Iterator[tuple[str, object]]:
@@ -201,45 +251,65 @@ def read_json(path: Path) -> dict | None:
     if not os.path.lexists(path):
         return None
     if not is_plain(path, path.parent):
-        raise CheckpointError(f"{path}: is not a regular file of the checkpoint; a link to nothing "
-                              "or elsewhere, or a device; put the file there")
-    limit = HEADER_LIMIT if path.name.endswith(INDEX_SUFFIX) else CONFIG_LIMIT
+        where = "a link to nothing" if path.is_symlink() and not path.exists() else (
+            "a link elsewhere, or a device")
+        raise CheckpointError(f"{path}: is not a regular file of the checkpoint, but {where}; put "
+                              "the file itself there (cp -L)")
+    limit = HEADER_LIMIT if fnmatch.fnmatchcase(path.name, INDEX_PATTERN) else CONFIG_LIMIT
     if (size := path.stat().st_size) > limit:
         raise CheckpointError(f"{path}: has {size} bytes; expected at most {limit}")
     return parse_json(path, path.read_bytes())
 
 
 def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
-    """Return a shard's metadata and its tensors. safetensors' own parser judges the file."""
+    """Return a shard's metadata and its tensors, by the rules of huggingface/safetensors,
+    safetensors/src/tensor.rs. The data is neither read nor mapped.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the download is incomplete")
     with naming(path), open(path, "rb") as file:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: not a whole safetensors file ({error})") from error
-        except RuntimeError as error:
-            # Once the header is accepted, torch maps the file, which can fail on a machine with
-            # less memory than the file has bytes. Nothing here needs the mapping.
-            if "mmap" not in str(error):
-                raise
-        size = int.from_bytes(file.read(8), "little")
-        header = parse_json(path, file.read(size))
-    metadata, tensors = header.pop("__metadata__", None) or {}, []
+        start, length = file.read(8), path.stat().st_size
+        size = int.from_bytes(start, "little")
+        if start.startswith(b"version "):
+            raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
+        text = file.read(size) if len(start) == 8 and size <= min(length - 8, HEADER_LIMIT) else b""
+    try:
+        if not text.startswith(b"{"):
+            raise ValueError("it has no header of its size")
+        header = parse_json(path, text)
+        return read_entries(path, header, 8 + size, length)
+    except (ValueError, TypeError, KeyError, AttributeError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it "
+                              "again") from error
+
+
+def read_entries(path: Path, header: dict, begin: int,
+                 end: int) -> tuple[dict[str, str], list[Tensor]]:
+    """Return what a header says. Raises an error where the data is not all of [begin, end)."""
+    metadata = header.pop("__metadata__", None) or {}
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata is not text")
+    tensors = []
     for name, entry in header.items():
-        # That parser takes lists for objects, too.
-        if not (isinstance(entry, dict) and isinstance(entry["dtype"], str)):
-            raise CheckpointError(f"{path}: {name} has an invalid header entry; download it again")
-        start, stop = (8 + size + offset for offset in entry["data_offsets"])
-        tensors.append(Tensor(name, entry["dtype"], (*entry["shape"],), path, start, stop))
+        (start, stop), shape = entry["data_offsets"], (*entry["shape"],)
+        if not all(type(n) is int and 0 <= n < 1 << 64 for n in (start, stop, *shape)):
+            raise ValueError(f"{name} has an invalid header entry")
+        if math.prod(shape) * DTYPE_BITS[entry["dtype"]] != 8 * (stop - start):
+            raise ValueError(f"{name} has {stop - start} bytes for {entry['dtype']} {[*shape]}")
+        tensors.append(Tensor(name, entry["dtype"], shape, path, begin + start, begin + stop))
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
+        if tensor.start != begin:
+            raise ValueError(f"{tensor.name} begins at byte {tensor.start}, expected {begin}")
+        begin = tensor.stop
+    if begin != end:
+        raise ValueError(f"it has {end} bytes, expected {begin}")
     return metadata, tensors
 
 
 def find_index(root: Path) -> str:
     """Return the name of the index: that of a model, or the only one that another library wrote."""
-    names = sorted(path.name for path in root.glob(f"*{INDEX_SUFFIX}"))
-    others = [name for name in names if not name.startswith("consolidated")]
+    names = sorted(path.name for path in root.glob(INDEX_PATTERN) if path.name[0] != ".")
+    others = [name for name in names if not is_like(name, OTHER_SETS)]
     if INDEX_NAME not in names and len(others) > 1:
         raise CheckpointError(f"{root}: holds {' and '.join(others)}; move all but one checkpoint "
                               "to folders of their own")
@@ -249,39 +319,77 @@ def find_index(root: Path) -> str:
 def find_shards(root: Path, index_name: str, index: dict | None) -> list[str]:
     """Return the file names that make up the checkpoint, sorted."""
     if index is None:
-        shards = sorted(path.name for path in root.glob("*.safetensors"))
+        shards = sorted(path.name for path in root.glob("*.safetensors") if path.name[0] != ".")
         # Mistral's repositories hold the same weights a second time, under names of their own.
-        shards = [name for name in shards if not name.startswith("consolidated")] or shards
-        if not shards:
-            raise CheckpointError(f"{root}: holds no *.safetensors; give the checkpoint's folder")
-        return shards
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{root / index_name}: has no weight_map; download it again")
-    for name, shard in weight_map.items():
-        if not (isinstance(shard, str) and SHARD_NAME.fullmatch(shard)):
-            raise CheckpointError(f"{root / index_name}: puts {name} into {shard!r}; expected a "
-                                  "*.safetensors file beside it")
-    return sorted(set(weight_map.values()))
+        shards = [name for name in shards if not is_like(name, OTHER_SETS)] or shards
+    else:
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{root / index_name}: has no weight_map; download it again")
+        for name, shard in weight_map.items():
+            named = isinstance(shard, str) and re.fullmatch(r"[^\\\0]+\.safetensors", shard)
+            if not named or {"", ".", ".."} & {*shard.split("/")}:
+                raise CheckpointError(f"{root / index_name}: puts {name} into {shard!r}; expected "
+                                      "a *.safetensors file beside it or below")
+        shards = sorted(set(weight_map.values()))
+    return shards
 
 
-def load_checkpoint(root: Path, consistent: bool = True) -> Checkpoint:
+def check_whole(root: Path, shards: list[str]) -> None:
+    """Raise CheckpointError where names of shards or files beside them tell of a partial download.
+
+    The hub's client keeps unfinished files in .cache/huggingface/download (huggingface_hub
+    _local_folder.py), under their names or hashes of those.
+    """
+    series = {}
+    for name in shards:
+        if found := NUMBERED.fullmatch(name):
+            place = found[1], len(found[2]), found[3], found[4]
+            series.setdefault(place, set()).add(int(found[2]))
+        path = root / name
+        marks = [path.with_name(path.name + ending) for ending in UNFINISHED]
+        hidden = base64.urlsafe_b64encode(hashlib.sha1(f"{path.name}.metadata".encode()).digest())
+        download = (root / ".cache/huggingface/download" / name).parent
+        marks += [mark for stem in (path.name, hidden.decode())
+                  for mark in download.glob(f"{glob.escape(stem)}.*.incomplete")]
+        for mark in marks:
+            if os.path.exists(mark):
+                raise CheckpointError(f"{path}: its download is not finished, as {mark} tells; "
+                                      "finish it, or remove that file if it is stale")
+    for (start, width, total, rest), numbers in series.items():
+        wanted = range(int(0 not in numbers), int(total) + int(0 not in numbers))
+        names = (f"{start}-{number:0{width}}-of-{total}{rest}.safetensors"
+                 for number in wanted)
+        if missing := [name for name in names if not os.path.lexists(root / name)]:
+            raise CheckpointError(f"{root}: {len(missing)} of {int(total)} shards are missing, "
+                                  f"among them {', '.join(missing[:5])}; the download is "
+                                  "incomplete")
+
+
+def load_checkpoint(root: Path, planned: list[str] | None = None,
+                    copied: Iterable[str] = ()) -> Checkpoint:
     """Read the index, the configs and all headers of a checkpoint, and check that they agree.
 
     The headers are authoritative. The index decides which shards belong to the checkpoint and, if
-    two of them hold a tensor of the same name, which one counts. If `consistent` is false, all
-    shards in the folder belong to it, and an index that lists missing tensors is not an error.
+    two of them hold a tensor of the same name, which one counts. Of an output, all shards in the
+    folder belong to it, those `planned` in folders below, too, but not the files that are `copied`;
+    an index that lists missing tensors is not an error.
     """
-    if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
-        raise CheckpointError(f"{root}: no such folder, or it is not readable; give the "
-                              "checkpoint's")
     index_name = find_index(root)
-    names = [index_name, CONFIG_NAME, PARAMS_NAME, NVIDIA_CONFIG_NAME]
+    names = [index_name, PARAMS_NAME, NVIDIA_CONFIG_NAME]
+    names += sorted(path.name for path in root.glob(CONFIG_PATTERN))
     names += [SIDECAR_NAME] if is_plain(root / SIDECAR_NAME, root) else []
     files = {name: value for name in names if (value := read_json(root / name)) is not None}
     index = files.get(index_name)
     shards, holders = {}, {}
-    for shard in find_shards(root, index_name, index if consistent else None):
+    if planned is None:
+        names = find_shards(root, index_name, index)
+        check_whole(root, names)
+    else:
+        names = {path.name for path in root.glob("*.safetensors") if path.name[0] != "."}
+        names = sorted(names - {Path(name).name for name in copied}
+                       | {name for name in planned if (root / name).exists()})
+    for shard in names:
         shards[shard], members = read_header(root / shard)
         for tensor in members:
             holders.setdefault(tensor.name, []).append(tensor)
@@ -289,15 +397,61 @@ def load_checkpoint(root: Path, consistent: bool = True) -> Checkpoint:
     weight_map = weight_map if isinstance(weight_map, dict) else {}  # find_shards refuses an input.
     tensors = {}
     for name, rivals in holders.items():
-        meant = [tensor for tensor in rivals if tensor.path.name == weight_map.get(name)]
+        meant = [tensor for tensor in rivals if tensor.path == root / str(weight_map.get(name))]
         if len(rivals) > 1 and not meant:
             raise rivals[1].error(f"stands in {rivals[0].path.name} too and no index says which "
                                   "counts; remove the file that is not part of the checkpoint")
         tensors[name] = (meant or rivals)[0]
     for name, shard in weight_map.items():
-        if name not in tensors and consistent:
+        if name not in tensors and planned is None:
             raise CheckpointError(f"{root / shard}: {name} is not there; {index_name} names it")
     return Checkpoint(root, shards, tensors, index_name, files)
+
+
+class Part(NamedTuple):
+    """A checkpoint in a folder of the input, by its path from there."""
+
+    folder: Path
+    checkpoint: Checkpoint
+
+
+def find_checkpoints(root: Path) -> tuple[list[Part], list[str]]:
+    """Return the checkpoints in a folder and below it, its own first, and what is no part of them.
+
+    A draft model, an adapter's base or the parts of a pipeline stand in folders of their own; each
+    that holds shards is a checkpoint. Other sets of the root's weights are left out.
+    """
+    if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
+        hint = "give the checkpoint's"
+        if not root.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)):
+            hint = f"download it first: hf download {root} --local-dir IN"
+        raise CheckpointError(f"{root}: no such folder, or it is not readable; {hint}")
+    if root.name.startswith("models--") and (root / "snapshots").is_dir():
+        raise CheckpointError(f"{root}: is the cache of a repository; give its snapshots/HASH")
+    parts, others, taken = [], [], set()
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in TOOL_FOLDERS)
+        place = Path(folder).relative_to(root)
+        if is_like(place.name, OTHER_SETS):
+            others.append(place.as_posix())
+            folders.clear()
+            continue
+        shards = {str(place / name) for name in names if name[0] != "."
+                  and (name.endswith(".safetensors") or fnmatch.fnmatchcase(name, INDEX_PATTERN))}
+        if shards <= taken and place != Path():
+            continue
+        checkpoint = load_checkpoint(root / place)
+        taken |= {str(place / name) for name in checkpoint.shards}
+        if parts and place != Path():
+            names = parts[0].checkpoint.tensors.keys()
+            if names and 2 * len(names & checkpoint.tensors.keys()) >= len(names):
+                others.append(place.as_posix())
+                folders.clear()
+                continue
+        parts.append(Part(place, checkpoint))
+    if not any(part.checkpoint.shards for part in parts):
+        raise CheckpointError(f"{root}: holds no *.safetensors; give the checkpoint's folder")
+    return parts, others
 
 
 # --- formats: how weights are stored; a new format is a row here, and a test in test_formats.py ---
@@ -1103,11 +1257,7 @@ def like_codes(tensor: Tensor, evidence: Evidence) -> bool:
 
 # --- plan: what every byte of the output will be ---
 
-# The order in which safetensors' own writer lays out tensors: larger elements first, so that every
-# tensor is aligned to its element size. Within a dtype they stand by name.
-DTYPE_ORDER = (
-    "U64 I64 F64 C64 F32 U32 I32 BF16 F16 U16 I16 F8_E5M2FNUZ F8_E4M3FNUZ F8_E8M0 F8_E4M3 F8_E5M2 "
-    "I8 U8 F6_E3M2 F6_E2M3 F4 BOOL").split()
+DTYPE_ORDER = [*DTYPE_BITS]
 DATA_ALIGNMENT = 64  # Bytes: GPUs load 16 at once where all tensors start at a multiple of that.
 FINGERPRINT_KEY, NO_FINGERPRINT = "fp8_cast_bf16", "0" * 16  # The zeros stand in planned headers.
 MISSING_SCALE = ["keep", "cast", "error"]
@@ -1123,7 +1273,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """An output shard: its name, the bytes before the first tensor, its tensors in file order."""
+    """An output shard: its path from the output, the bytes before the first tensor, its tensors."""
 
     name: str
     header: bytes
@@ -1140,45 +1290,67 @@ class Shard:
         return self.header.replace(before, after)
 
 
+class PlannedPart(NamedTuple):
+    """What becomes of the checkpoint in a folder: its shards, by their path from the root."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    reading: Reading
+    shards: list[Shard]
+
+
 @dataclass(frozen=True)
 class Plan:
-    """All that a conversion will do: the shards to write, and what the input's tensors are."""
+    """All that a conversion will do, and what the folders hold that is no part of it."""
 
-    checkpoint: Checkpoint
-    shards: list[Shard]
-    reading: Reading
+    root: Path
+    parts: list[PlannedPart]
+    others: list[str]
+
+    @property
+    def shards(self) -> list[Shard]:
+        return [shard for part in self.parts for shard in part.shards]
 
     @property
     def steps(self) -> Iterator[Step]:
         return (step for shard in self.shards for step in shard.steps)
 
     @property
-    def size(self) -> int:
-        return sum(shard.size for shard in self.shards)
+    def missing(self) -> list[Tensor]:
+        return [tensor for part in self.parts for tensor in part.reading.missing]
 
 
-def make_plan(checkpoint: Checkpoint, missing_scale: str = "keep") -> Plan:
-    """Decide what becomes of every tensor.
+def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
+    """Decide what becomes of every tensor in a folder and below.
 
     missing_scale: what to do with an FP8 weight without a scale: "keep" it as it is, "cast" it with
     scale 1, or raise an "error". Raises CheckpointError where the rules do not decide.
     """
-    reading = read_formats(checkpoint)
-    weights, missing = dict(reading.weights), reading.missing
-    if missing and missing_scale == "error":
-        raise missing[0].error(f"has no scale, one of {len(missing)} weights; --missing-scale keep "
-                               "leaves them FP8, cast takes their scale as 1")
-    if missing_scale == "cast":
-        weights |= {weight.name: plain_cast(weight) for weight in missing}
-    kept = {name: [] for name in checkpoint.shards}
-    for tensor in checkpoint.tensors.values():
-        if tensor.name not in reading.dropped:
-            kept[tensor.path.name].append(tensor)
-    if not any(kept.values()):
-        raise CheckpointError(f"{checkpoint.root}: holds no tensors; give the checkpoint's folder")
-    shards = [plan_shard(name, checkpoint.shards[name], members, weights)
-              for name, members in kept.items() if members]
-    return Plan(checkpoint, shards, reading)
+    parts, others = find_checkpoints(root)
+    planned = []
+    for folder, checkpoint in parts:
+        try:
+            reading = read_formats(checkpoint)
+        except CheckpointError as error:
+            inside = f"; or move {folder} out of {root}" if folder != Path() else ""
+            raise CheckpointError(f"{error}{inside}") from error
+        missing = reading.missing
+        if missing and missing_scale == "error":
+            raise missing[0].error(f"has no scale, one of {len(missing)} weights; --missing-scale "
+                                   "keep leaves them FP8, cast takes their scale as 1")
+        casts = {weight.name: plain_cast(weight) for weight in missing if missing_scale == "cast"}
+        kept = {name: [] for name in checkpoint.shards}
+        names = {checkpoint.root / name: name for name in checkpoint.shards}
+        for tensor in checkpoint.tensors.values():
+            if tensor.name not in reading.dropped:
+                kept[names[tensor.path]].append(tensor)
+        shards = [plan_shard((folder / name).as_posix(), checkpoint.shards[name], members,
+                             reading.weights | casts)
+                  for name, members in kept.items() if members]
+        planned.append(PlannedPart(folder, checkpoint, reading, shards))
+    if not any(part.shards for part in planned):
+        raise CheckpointError(f"{root}: holds no tensors; give the checkpoint's folder")
+    return Plan(root, planned, others)
 
 
 def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
@@ -1249,7 +1421,7 @@ PAGE = 4096  # The alignment that direct I/O asks of offsets, lengths and memory
 OPEN_FILES = 8  # A worker holds at most so many files open: its shard and those of scales.
 NONFINITE = ["NaN", "infinite"]
 PHASES = ["reading", "decoding", "writing", "syncing"]
-CPU = torch.device("cpu")
+TELL = 30  # Seconds between lines about what goes on, where there is no progress bar.
 
 
 def page_aligned(size: int, pinned: bool) -> torch.Tensor:
@@ -1281,9 +1453,8 @@ class Worker:
     nonfinite: how many values of a weight are of one of the kinds NONFINITE.
     """
 
-    def __init__(self, device: torch.device = CPU, window: int = 0):
-        self.device = device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device: str | torch.device = "cpu", window: int = 0):
+        self.stream = torch.cuda.Stream(device) if str(device).startswith("cuda") else None
         self.out = page_aligned(window, self.stream is not None)
         self.memory, self.files = {}, {}
         self.nonfinite, self.seconds = Counter(), Counter()
@@ -1311,6 +1482,8 @@ class Worker:
             file.seek(start)
             while view:
                 size = file.readinto(view)
+                if size is None:  # as some network file systems do
+                    raise BlockingIOError(errno.EAGAIN, "the file system has no data yet")
                 if not size:
                     raise CheckpointError(f"{path}: ends at byte {path.stat().st_size}; it was cut")
                 view = view[size:]
@@ -1336,10 +1509,12 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
     the end of every operation, on cores that the reads and writes of other workers keep busy.
     """
     lock, stopped, tasks = threading.Lock(), threading.Event(), iter(tasks)
-    threads = torch.get_num_threads()
-    bar = tqdm(total=total, unit="B", unit_scale=True, disable=quiet or None)
+    threads, began = torch.get_num_threads(), time.monotonic()
+    bar = tqdm(desc=doing, total=total, unit="B", unit_scale=True, disable=quiet or None)
+    done, told = 0, began
 
     def loop(worker: Worker) -> None:
+        nonlocal done, told
         torch.set_num_threads(1)
         torch.set_flush_denormal(False)
         while True:
@@ -1349,13 +1524,19 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
                 break
             size = work(worker, *task)
             with lock:
-                bar.set_description(printable(f"{doing} {task[0].name}"), refresh=False)
+                done, now = done + size, time.monotonic()
                 bar.update(size)
+                if bar.disable and not quiet and now - told > TELL:
+                    told = now
+                    say(f"{doing}: {done / total:.0%} of {sized(total)} in {now - began:.0f} s")
 
     executor = ThreadPoolExecutor(len(pool))
     try:
-        for future in as_completed([executor.submit(loop, worker) for worker in pool]):
+        for future in as_completed(start_threads(executor, loop, pool)):
             future.result()
+    except KeyboardInterrupt:
+        say("stopping; the same command continues", sys.stderr)
+        raise
     finally:
         stopped.set()
         executor.shutdown()
@@ -1363,6 +1544,19 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
         torch.set_num_threads(threads)
         for worker in pool:
             worker.close()
+
+
+def start_threads(executor: ThreadPoolExecutor, loop: Callable, pool: list[Worker]) -> list[Future]:
+    """Start as many threads as the system allows, at least one."""
+    futures = []
+    for worker in pool:
+        try:
+            futures.append(executor.submit(loop, worker))
+        except RuntimeError:  # can't start new thread
+            if not futures:
+                raise
+            break
+    return futures
 
 
 def render(shard: Shard, header: bytes, start: int, stop: int, worker: Worker) -> torch.Tensor:
@@ -1446,6 +1640,7 @@ TEMPORARY_SUFFIX = ".tmp"
 NAME_LIMIT = 255  # Bytes, on most file systems.
 DIRECT = getattr(os, "O_DIRECT", 0)
 NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}  # File systems refuse it with these.
+NOT_SYNCED = {*NOT_DIRECT, errno.ENOSYS}  # FUSE and some NFS refuse to sync a folder.
 READING_VERSION = 2  # Raise it when the same tensors and row give new values.
 
 
@@ -1479,12 +1674,16 @@ def direct_flag(root: Path) -> int:
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk, where the system supports it."""
-    if path.is_dir() and os.name != "posix":
+    folder = path.is_dir()
+    if folder and os.name != "posix":
         return
     number = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
             os.fsync(number)
+    except OSError as error:
+        if not folder or error.errno not in NOT_SYNCED:
+            raise
     finally:
         os.close(number)
 
@@ -1603,11 +1802,10 @@ def write_shards(shards: list[Shard], root: Path, pool: list[Worker], quiet: boo
 PLAUSIBLE = 1e-6, 4.0  # Root mean squares of weights.
 PLAUSIBLE_CAST = 1e-6, 32.0  # Embeddings, norms, and plain casts, which hold both.
 SAMPLED_WEIGHTS, SAMPLED_BYTES = 5, 64 << 10
-REFERENCE_PIECE = 1 << 20  # Elements that a worker compares at once.
-CASTS = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8,
-         "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-         "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
-         "U8": torch.float8_e8m0fnu}
+REFERENCE_PIECE = 1 << 18  # Elements that a worker compares at once.
+CASTS = {"E4M3": "float8_e4m3fn", "E5M2": "float8_e5m2", "INT8": "int8", "F32": "float32",
+         "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn",
+         "F8_E8M0": "float8_e8m0fnu", "U8": "float8_e8m0fnu"}  # torch's names
 NIBBLES = {  # What each of 16 codes means.
     "E2M1": [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6],
     "INT4": [*range(8), *range(-8, 0)], "UINT4B8": range(-8, 8)}
@@ -1685,40 +1883,57 @@ def sample(step: Step, worker: Worker) -> tuple[float, bool]:
     return out.double().square().mean().sqrt().item(), ones
 
 
-def find_differences(plan: Plan, out: Path, texts: dict[str, str], workers: int,
-                     ranks: Ranks) -> list[str]:
-    """Return a line for each difference between an output, whoever made it, and the plan.
+class Differences(NamedTuple):
+    """Where an output is not what it should be: lines, and the shards of which values differ."""
+
+    lines: list[str]
+    damaged: list[str]
+
+
+def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
+                     ranks: Ranks) -> Differences:
+    """Compare an output, whoever made it, with the plan.
 
     How tensors are spread over shards is free, and so are the order and padding of headers, the
     fingerprint, and the payload of a NaN. Each rank looks at the values of its own shards, and
     rank 0 at the rest.
     """
-    result, found = load_checkpoint(out, consistent=False), []
-    got = {name: f"{tensor.dtype} {[*tensor.shape]}" for name, tensor in result.tensors.items()}
-    expected = {step.output.name: f"{step.output.dtype} {[*step.output.shape]}"
-                for step in plan.steps}
-    if ranks.rank == 0:
-        found += differences(got, expected)
-        found += differing_texts(result, texts, plan.checkpoint.index_name)
+    if not out.is_dir():
+        raise CheckpointError(f"{out}: no such folder; give the output of a conversion")
+    found, steps = Differences([], []), []
+    mine = {shard.name for shard in shards_of_rank(plan.shards, ranks.rank, ranks.count)}
+    for part in plan.parts:
+        names = [Path(shard.name).relative_to(part.folder).as_posix() for shard in part.shards]
+        result = load_checkpoint(out / part.folder, names, side.copied)
+        got = {name: f"{tensor.dtype} {[*tensor.shape]}" for name, tensor in result.tensors.items()}
+        expected = {step.output.name: f"{step.output.dtype} {[*step.output.shape]}"
+                    for shard in part.shards for step in shard.steps}
+        if ranks.rank == 0:
+            where = "" if part.folder == Path() else f"{part.folder.as_posix()}/"
+            found.lines.extend(where + line for line in differences(got, expected))
+            found.lines.extend(where + line for line in differing_texts(result, part, side, where))
+        steps += [(shard, step, result.tensors[step.output.name]) for shard in part.shards
+                  if shard.name in mine for step in shard.steps
+                  if got.get(step.output.name) == expected[step.output.name]]
     first, lock = {}, threading.Lock()  # The first difference of each tensor.
 
-    def compare(worker: Worker, shard: Shard, step: Step, *piece: int) -> int:
-        name, (_, _, M, N) = step.output.name, piece
-        if difference := compare_piece(step, result.tensors[name], *piece, worker):
+    def compare(worker: Worker, shard: Shard, step: Step, tensor: Tensor, *piece: int) -> int:
+        if difference := compare_piece(step, tensor, *piece, worker):
             with lock:
-                first[name] = min(first.get(name, difference), difference)
-        return M * N * step.output.element_size
+                place = tensor.path.relative_to(out).as_posix(), tensor
+                first[place] = min(first.get(place, difference), difference)
+        return piece[2] * piece[3] * step.output.element_size
 
-    steps = [(shard, step) for shard in shards_of_rank(plan.shards, ranks.rank, ranks.count)
-             for step in shard.steps if got.get(step.output.name) == expected[step.output.name]]
-    tasks = ((shard, step, *piece) for shard, step in steps for piece in
-             pieces(0, math.prod(step.output.shape), cols_of(step), REFERENCE_PIECE))
-    size = sum(step.output.size for _, step in steps)
+    tasks = ((*task, *piece) for task in steps for piece in pieces(
+        0, math.prod(task[1].output.shape), cols_of(task[1]), REFERENCE_PIECE))
+    size = sum(step.output.size for _, step, _ in steps)
     pool = [Worker() for _ in range(workers)]
     run_workers("verifying", pool, tasks, compare, size, ranks.rank > 0)
-    for name, (element, value, wanted) in sorted(first.items()):
-        place = torch.unravel_index(torch.tensor(element), result.tensors[name].shape)
-        found.append(f"{name}: element {[at.item() for at in place]} is {value}, expected {wanted}")
+    for (shard, tensor), (element, value, wanted) in sorted(first.items()):
+        place = torch.unravel_index(torch.tensor(element), tensor.shape)
+        found.lines.append(f"{shard}: {tensor.name}: element {[at.item() for at in place]} is "
+                           f"{value}, expected {wanted}")
+        found.damaged.extend([shard] * (shard not in found.damaged))
     return found
 
 
@@ -1730,33 +1945,33 @@ def compare_piece(step: Step, tensor: Tensor, row: int, col: int, M: int, N: int
                   worker: Worker) -> tuple[int, str, str] | None:
     """Return the first element that differs in a piece of a tensor, and how both read, or None."""
     start, size = row * cols_of(step) + col, tensor.element_size
-    got = worker.elements("got", tensor, start, M * N)
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    got = worker.elements("got", tensor, start, M * N).view(bits)
     if step.quantization:
-        expected = reference(step, row, col, M, N, worker).view(torch.uint8).flatten()
+        expected = reference(step, row, col, M, N, worker).view(bits).flatten()
     else:
-        expected = worker.elements("expected", step.source, start, M * N)
+        expected = worker.elements("expected", step.source, start, M * N).view(bits)
     if torch.equal(got, expected):
         return None
-    differs = (got != expected).view(-1, size).any(1)
-    both = [got.view(-1, size), expected.view(-1, size)]
+    differs = got != expected
     if step.quantization:
-        both = [data.view(torch.bfloat16) for data in both]
-        differs &= ~(both[0].isnan() & both[1].isnan()).flatten()
+        got, expected = got.view(torch.bfloat16), expected.view(torch.bfloat16)
+        differs &= ~(got.isnan() & expected.isnan())
     if not differs.any():
         return None
     at = differs.nonzero()[0].item()
-    return start + at, *(str(data[at].item()) if step.quantization else
-                         f"0x{bytes(data[at].tolist()[::-1]).hex()}" for data in both)
+    shown = [data[at].item() for data in (got, expected)]
+    if not step.quantization:
+        shown = [f"0x{value % (1 << 8 * size):0{2 * size}x}" for value in shown]
+    return start + at, *map(str, shown)
 
 
 @functools.cache
 def meaning(number_format: str) -> torch.Tensor:
-    """Return what each byte means, (256, codes per byte) float32, by torch's own casts."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    if number_format in CASTS:
-        return codes.view(CASTS[number_format]).float()[:, None]
-    values = torch.tensor([*NIBBLES[number_format]]).float()
-    return values[torch.stack([codes & 15, codes >> 4], 1).int()]
+    """Return what each of 256 codes means, by torch's own cast, or each of 16; float32."""
+    if number_format in NIBBLES:
+        return torch.tensor([*NIBBLES[number_format]]).float()
+    return torch.arange(256, dtype=torch.uint8).view(getattr(torch, CASTS[number_format])).float()
 
 
 def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
@@ -1767,12 +1982,15 @@ def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) ->
     """
     reading, grid = step.quantization, step.quantization.grid
     table = meaning(reading.number_format)
-    begin, per_byte = row * reading.packed_cols + col, table.shape[1]
+    begin, per_byte = row * reading.packed_cols + col, 1 if len(table) == 256 else 2
     end = begin + (M - 1) * reading.packed_cols + N
     raw = worker.read(step.source.path, step.source.start + begin // per_byte,
                       worker.scratch("codes", ceil_div(end, per_byte) - begin // per_byte))
-    values = table.index_select(0, raw.int()).flatten()[begin % per_byte :]
-    values = values.as_strided((M, N), (reading.packed_cols, 1))
+    codes = raw if per_byte == 1 else torch.stack([raw & 15, raw >> 4], 1).flatten()
+    index = worker.scratch("index", 4 * len(codes)).view(torch.int32).copy_(codes)
+    values = worker.scratch("values", 4 * len(codes)).view(torch.float32)
+    torch.index_select(table, 0, index, out=values)
+    values = values[begin % per_byte :].as_strided((M, N), (reading.packed_cols, 1))
     if reading.scale is None:
         return values.bfloat16()
     rows, cols = torch.arange(row, row + M) + reading.first_row, torch.arange(col, col + N)
@@ -1781,7 +1999,7 @@ def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) ->
     top, bottom = rows[0].item(), rows[-1].item() + 1
     scales = reference_scales(reading, top, bottom, worker)
     scales = scales.index_select(1, cols // grid.block_cols).index_select(0, rows - top)
-    return (values / scales if reading.row.inverse else values * scales).bfloat16()
+    return (values.div_(scales) if reading.row.inverse else values.mul_(scales)).bfloat16()
 
 
 def reference_scales(reading: Quantization, top: int, bottom: int, worker: Worker) -> torch.Tensor:
@@ -1789,11 +2007,11 @@ def reference_scales(reading: Quantization, top: int, bottom: int, worker: Worke
     scale, second = reading.scale, reading.global_scale
     width = ceil_div(reading.grid.cols, reading.grid.block_cols)
     raw = worker.elements("scales", scale, top * width, (bottom - top) * width)
-    scales = raw.view(CASTS[scale.dtype]).float().view(-1, width)
+    scales = raw.view(getattr(torch, CASTS[scale.dtype])).float().view(-1, width)
     if second is None:
         return scales
     raw = worker.elements("factors", second, 0, math.prod(second.shape))
-    factors = raw.view(CASTS[second.dtype]).float()
+    factors = raw.view(getattr(torch, CASTS[second.dtype])).float()
     each = math.prod(scale.shape) // width // len(factors)
     factors = factors[torch.arange(top, bottom) // each][:, None]
     return scales / factors if reading.row.divides else scales * factors
@@ -1807,21 +2025,26 @@ def differences(got: dict[str, str], expected: dict[str, str], where: str = "") 
                    f"{expected.get(key, 'none')[:200]}")
 
 
-def differing_texts(result: Checkpoint, texts: dict[str, str], index_name: str) -> Iterator[str]:
-    """Yield what is wrong with the index, the config and the parameters of an output."""
-    for name in (CONFIG_NAME, PARAMS_NAME, index_name):
-        if name in texts and name not in result.files:
+def differing_texts(result: Checkpoint, part: PlannedPart, side: SideFiles,
+                    where: str) -> Iterator[str]:
+    """Yield what is wrong with the index and the configs of a folder of the output."""
+    planned = {text.removeprefix(where): side.texts[text] for text in side.texts
+               if Path(text).parent == part.folder}
+    index_name = result.index_name
+    for name in dict.fromkeys([*planned, *result.files]):
+        if name not in result.files:
             yield f"{name} is missing"
-        elif name in result.files and name != index_name:
-            expected = json.loads(texts.get(name, "{}"))
+        elif name != index_name:
+            expected = json.loads(planned.get(name, "{}"))
             yield from differences(flattened(result.files[name]), flattened(expected), f"{name}: ")
-    if index := result.files.get(result.index_name):
+    if index := result.files.get(index_name):
         meta = index.get("metadata")
-        expected = index | {
-            "metadata": {**(meta if isinstance(meta, dict) else {}),
-                         "total_size": sum(tensor.size for tensor in result.tensors.values())},
-            "weight_map": {name: tensor.path.name for name, tensor in result.tensors.items()}}
-        yield from differences(flattened(index), flattened(expected), f"{result.index_name}: ")
+        paths = {name: tensor.path.relative_to(result.root).as_posix()
+                 for name, tensor in result.tensors.items()}
+        expected = index | {"weight_map": paths, "metadata": {
+            **(meta if isinstance(meta, dict) else {}),
+            "total_size": sum(tensor.size for tensor in result.tensors.values())}}
+        yield from differences(flattened(index), flattened(expected), f"{index_name}: ")
 
 
 def flattened(value, place: str = "") -> dict[str, str]:
@@ -1844,9 +2067,12 @@ def flattened(value, place: str = "") -> dict[str, str]:
 # Files that only a quantized checkpoint needs; a loader would take the output for quantized.
 QUANTIZATION_FILES = [NVIDIA_CONFIG_NAME, SIDECAR_NAME, "quant_cfg.json",
                       "quanto_qmap.json", "quant_model_description*.json"]
-# Weights in other formats or of another set.
-WEIGHT_FILES = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*", "*.pth", "*.gguf",
-                "*.h5", "*.msgpack", "*.tmp"]
+# Not copied: weights in other formats or of another set, states of training, and what editors,
+# downloads and crashes leave.
+UNWANTED = ["*.safetensors", INDEX_PATTERN, "pytorch_model*", "*.pth", "*.pt", "*.bin", "*.ckpt",
+            "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "global_step*", "core", "core.[0-9]*", "*~",
+            "*.tmp", ".*.sw?", *OTHER_SETS, *(f"*{ending}" for ending in UNFINISHED)]
+IGNORED = ["._*", ".DS_Store"]  # macOS leaves these everywhere.
 RANKS_NAME = "fp8_cast_bf16.ranks"  # Holds the digest of the plan while ranks work.
 
 
@@ -1862,36 +2088,61 @@ class SideFiles:
 def find_side_files(plan: Plan) -> SideFiles:
     """Decide what becomes of the files beside the shards.
 
-    Left out are weight files, unfinished files, and what is no plain file of the checkpoint.
+    Raises CheckpointError for links out of the checkpoint, which would be missing in the output,
+    and for a file of weights of which nothing says whether it is part of the checkpoint.
     """
-    copied, left_out, root = [], [], plan.checkpoint.root
-    edited = [plan.checkpoint.index_name, CONFIG_NAME, PARAMS_NAME, *QUANTIZATION_FILES]
-
-    def is_like(name: str, patterns: list[str]) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for folder, folders, names in os.walk(root, onerror=refuse):
+    texts = {name: text for part in plan.parts[::-1] for name, text in bf16_texts(part).items()}
+    known, copied, left_out = {*texts}, [], [*plan.others]
+    for part in plan.parts:
+        known |= {(part.folder / name).as_posix() for name in part.checkpoint.shards}
+        known |= {(part.folder / path.name).as_posix() for pattern in QUANTIZATION_FILES
+                  for path in part.checkpoint.root.glob(pattern)}
+    for folder, folders, names in os.walk(plan.root, onerror=lambda error: left_out.append(
+            Path(error.filename).relative_to(plan.root).as_posix())):
         folders[:] = sorted({*folders} - TOOL_FOLDERS)
         for name in sorted(names + folders):
             path = Path(folder, name)
-            relative = path.relative_to(root).as_posix()
-            unwanted, known = is_like(name, WEIGHT_FILES), is_like(relative, edited)
+            relative = path.relative_to(plan.root).as_posix()
             if name in folders:
-                if unwanted or known or path.is_symlink():
+                if is_like(name, UNWANTED) or path.is_symlink() or relative in [*known, *left_out]:
                     folders.remove(name)
-                    left_out.append(relative)
-            elif known or relative in plan.checkpoint.shards:
+                    left_out.extend([relative] * (relative not in left_out))
+            elif relative in known or is_like(name, IGNORED):
                 continue
-            elif unwanted or not is_plain(path, root):
+            elif path.is_symlink() and not is_plain(path, plan.root):
+                raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, "
+                                      f"{'outside' if path.exists() else 'not there, or outside'} "
+                                      "of the checkpoint; put the file itself there (cp -L)")
+            elif is_like(name, UNWANTED) and not is_adapter(path, plan):
+                size = f" ({sized(path.stat().st_size)})" if path.is_file() else ""
+                left_out.append(relative + size)
+            elif not path.is_file():
                 left_out.append(relative)
             elif not os.access(path, os.R_OK):
-                raise CheckpointError(f"{path}: may not be read; it would be missing in the output")
+                raise CheckpointError(f"{path}: is not readable; it would be missing in the output")
             else:
                 copied.append(relative)
-    return SideFiles(copied, left_out, bf16_texts(plan))
+    return SideFiles(copied, left_out, texts)
+
+
+def is_adapter(path: Path, plan: Plan) -> bool:
+    """Return whether a file beside indexed shards holds other, plain weights.
+
+    Raises CheckpointError if it repeats one of their tensors or holds quantized ones.
+    """
+    beside = [part for part in plan.parts if plan.root / part.folder == path.parent]
+    if path.suffix != ".safetensors" or is_like(path.name, OTHER_SETS) or not beside:
+        return False
+    metadata, members = read_header(path)
+    tensors = {tensor.name: tensor for tensor in members}
+    reading = read_formats(replace(beside[0].checkpoint, shards={path.name: metadata},
+                                   tensors=tensors))
+    same = tensors.keys() & beside[0].checkpoint.tensors.keys()
+    if same or reading.weights or reading.dropped or reading.missing:
+        what = f"repeats {min(same)}" if same else "holds quantized weights"
+        raise CheckpointError(f"{path}: is not named by {beside[0].checkpoint.index_name} and "
+                              f"{what}; move it out of {plan.root}")
+    return True
 
 
 def bf16_config(value):
@@ -1904,35 +2155,43 @@ def bf16_config(value):
             for key, item in value.items() if key not in QUANTIZATION_KEYS}
 
 
-def bf16_texts(plan: Plan) -> dict[str, str]:
-    """Return the JSON files of the output by name, the index last, where the input has them."""
-    files, index_name, values = plan.checkpoint.files, plan.checkpoint.index_name, {}
-    if PARAMS_NAME in files:
-        values[PARAMS_NAME] = {key: value for key, value in files[PARAMS_NAME].items()
-                               if key not in ["quantization", *QUANTIZATION_KEYS]}
-    if CONFIG_NAME in files:
-        try:
-            values[CONFIG_NAME] = config = bf16_config(files[CONFIG_NAME])
-        except RecursionError as error:
-            path = plan.checkpoint.root / CONFIG_NAME
-            raise CheckpointError(f"{path}: nested too deep") from error
-        empty = [key for key in DTYPE_KEYS if key in config and config[key] is None]
-        config |= dict.fromkeys(empty[:1], "bfloat16")
-    if index_name in files:
-        meta, outputs = files[index_name].get("metadata"), [step.output for step in plan.steps]
-        values[index_name] = files[index_name] | {
+def bf16_texts(part: PlannedPart) -> dict[str, str]:
+    """Return the JSON files of a folder of the output by path, config.json last.
+
+    They are those of the input, and an index where there is more than one shard.
+    """
+    checkpoint, values = part.checkpoint, {}
+    outputs = [step.output for shard in part.shards for step in shard.steps]
+    index = checkpoint.files.get(checkpoint.index_name, {} if len(part.shards) > 1 else None)
+    if index is not None:
+        meta = index.get("metadata")
+        paths = {output.name: output.path.relative_to(part.folder).as_posix() for output in outputs}
+        values[checkpoint.index_name] = index | {
             "metadata": {**(meta if isinstance(meta, dict) else {}),
                          "total_size": sum(output.size for output in outputs)},
-            "weight_map": dict(sorted((output.name, str(output.path)) for output in outputs))}
-    return {name: json.dumps(value, indent=2) + "\n" for name, value in values.items()}
+            "weight_map": dict(sorted(paths.items()))}
+    if PARAMS_NAME in checkpoint.files:
+        values[PARAMS_NAME] = {key: value for key, value in checkpoint.files[PARAMS_NAME].items()
+                               if key not in ["quantization", *QUANTIZATION_KEYS]}
+    configs = fnmatch.filter(checkpoint.files, CONFIG_PATTERN)
+    for name in sorted(configs, key=lambda name: (name == CONFIG_NAME, name)):
+        try:
+            values[name] = config = bf16_config(checkpoint.files[name])
+        except RecursionError as error:
+            raise CheckpointError(f"{checkpoint.root / name}: nested too deep") from error
+        empty = [key for key in DTYPE_KEYS if key in config and config[key] is None]
+        config |= dict.fromkeys(empty[:1], "bfloat16")
+    return {(part.folder / name).as_posix(): json.dumps(value, indent=2) + "\n"
+            for name, value in values.items()}
 
 
 @dataclass(frozen=True)
 class OutputState:
     """What an output folder holds, and what is to be done about it.
 
-    done: shards that are as planned. replaced: those of an earlier run that are not. files: what
-    stands beside the shards and is not as it should be. stale: what must go. needed, free: bytes.
+    done: shards that are as planned. replaced: those of an earlier run that are not, and files
+    that someone has edited. files: what stands beside the shards and is not as it should be. stale:
+    what must go. needed: bytes; free: bytes, None where the file system does not say.
     """
 
     done: set[str]
@@ -1940,38 +2199,54 @@ class OutputState:
     files: list[str]
     stale: list[Path]
     needed: int
-    free: int
+    free: int | None
+
+    @property
+    def complete(self) -> bool:
+        return not (self.needed or self.files or self.stale)
 
 
 def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> OutputState:
     """Look at an output folder. Raises CheckpointError where the output cannot be made there."""
-    shards, root = {shard.name: shard for shard in plan.shards}, plan.checkpoint.root
-    there = sorted(path.name for path in out.glob("*.safetensors"))
-    if foreign := [name for name in there if name not in shards]:
-        raise CheckpointError(f"{out}: holds {', '.join(foreign)}, which this checkpoint does not "
-                              "have; give another folder")
-    done = find_done([shards[name] for name in there], out, workers)
+    shards, stale = {shard.name: shard for shard in plan.shards}, []
     patterns = [CONFIG_NAME, PARAMS_NAME, INDEX_NAME, RANKS_NAME, *QUANTIZATION_FILES,
                 f"*{TEMPORARY_SUFFIX}"]
-    stale = [path for pattern in patterns for path in sorted(out.glob(pattern))
-             if path.name not in side.texts]
-    stale += [path for name in side.copied if (path := temporary(out / name)).exists()]
-    check_places(out, [*side.texts, *side.copied], stale)
+    folders = {(out / name).parent for name in [*shards, *side.texts, *side.copied]}
+    for folder in sorted(folders):
+        foreign = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name[0] != "."
+                   and path.relative_to(out).as_posix() not in {*shards, *side.copied}]
+        if foreign:
+            raise CheckpointError(f"{folder}: holds {', '.join(foreign)}, which this checkpoint "
+                                  "does not have; give another folder")
+        stale += [path for pattern in patterns for path in sorted(folder.glob(pattern))
+                  if path.relative_to(out).as_posix() not in {*side.texts, *side.copied}]
+    there = [name for name in sorted(shards) if os.path.lexists(out / name)]
+    done = find_done([shards[name] for name in there], out, workers)
     files = [name for name, text in side.texts.items()
              if not (out / name).is_file() or (out / name).read_bytes() != text.encode()]
     files += [name for name in side.copied if not (out / name).is_file()
-              or not filecmp.cmp(root / name, out / name, shallow=False)]
-    replaced = [name for name in there if name not in done]
+              or not filecmp.cmp(plan.root / name, out / name, shallow=False)]
+    edited = [name for name in files if os.path.lexists(out / name) and not (out / name).is_dir()]
+    theirs = edited + [path.name for path in stale if path.suffix != TEMPORARY_SUFFIX
+                       and path.name != RANKS_NAME and not path.is_dir()]
+    if theirs and not there:
+        raise CheckpointError(f"{out}: holds {', '.join(theirs)}, which this program has not "
+                              "written; give another folder")
+    replaced = [name for name in there if name not in done] + edited
     sizes = [shard.size for shard in plan.shards if shard.name not in done]
-    sizes += [len(side.texts[name]) if name in side.texts else (root / name).stat().st_size
+    sizes += [len(side.texts[name]) if name in side.texts else (plan.root / name).stat().st_size
               for name in files]
     freed = 0
-    for path in [*stale, *(out / name for name in replaced + files)]:
+    for path in [*stale, *(out / name for name in replaced)]:
         with suppress(FileNotFoundError):  # Another rank may have given it its name.
             freed += getattr(path.lstat(), "st_blocks", 0) * 512
-    return OutputState(done, replaced, files, [*dict.fromkeys(stale)],
-                       sum(ceil_div(size, PAGE) * PAGE for size in sizes),
-                       shutil.disk_usage(existing(out)).free + freed)
+    usage = shutil.disk_usage(existing(out))
+    state = OutputState(done, replaced, files, [*dict.fromkeys(stale)],
+                        sum(ceil_div(size, PAGE) * PAGE for size in sizes),
+                        usage.free + freed if usage.total else None)
+    if not state.complete:
+        check_places(out, [*shards, *side.texts, *side.copied], stale)
+    return state
 
 
 def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
@@ -2035,8 +2310,9 @@ def locked(folder: Path):
             try:
                 fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise CheckpointError(f"{folder}: another run is writing there; let it "
-                                      "end") from error
+                raise CheckpointError(f"{folder}: another run is writing there; let it end. "
+                                      "Started several times? Start it once, or with "
+                                      "torchrun") from error
             except OSError:  # Some network file systems know no locks.
                 pass
         yield
@@ -2049,6 +2325,8 @@ def write_whole(path: Path, content: str | Path) -> None:
             if isinstance(content, Path):
                 with naming(content), open(content, "rb") as original:
                     shutil.copyfileobj(original, file)
+                    if file.tell() != content.stat().st_size:  # Some file systems end early.
+                        raise CheckpointError(f"{content}: was read only in part; try again")
             else:
                 file.write(content.encode())
             file.flush()
@@ -2076,7 +2354,7 @@ def publish(root: Path, out: Path, side: SideFiles) -> None:
 
 # --- ranks: the processes of torchrun, which share nothing but the output folder ---
 
-POLL, TELL = 0.5, 30  # Seconds between looks at what other ranks do, and between lines about it.
+POLL = 0.5  # Seconds between looks at what other ranks do.
 PATIENCE, STALLED = 60, 1800  # Seconds to wait for rank 0's plan, and for any sign of the others.
 
 
@@ -2148,7 +2426,7 @@ def await_shards(shards: list[Shard], out: Path) -> None:
     def look() -> list:
         left[:] = [shard for shard in left if not is_done(shard, out, worker)]
         times = []
-        for path in out.glob(f"*{TEMPORARY_SUFFIX}"):
+        for path in out.rglob(f"*{TEMPORARY_SUFFIX}"):
             with suppress(FileNotFoundError):
                 times.append((path.name, path.stat().st_mtime_ns))
         return [len(left), times]
@@ -2165,6 +2443,7 @@ def await_shards(shards: list[Shard], out: Path) -> None:
 # --- command line ---
 
 MESSAGE_LIMIT = 2000  # Characters: a tensor's name may be as long as a book.
+LINES_LIMIT = 15  # Differences that are printed.
 
 
 def formats_table() -> str:
@@ -2186,14 +2465,6 @@ def formats_table() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines).replace("F8_E4M3/F8_E5M2", "F8")
 
 
-def sized(count: int) -> str:
-    return tqdm.format_sizeof(count, "B")
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
     """Return the device that an argument names, and why it is that one. Raises UsageError.
 
@@ -2203,9 +2474,9 @@ def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu":
-        return CPU, "as asked"
+        return torch.device("cpu"), "as asked"
     if name == "auto" and not count:
-        return CPU, "torch sees no CUDA device"
+        return torch.device("cpu"), "torch sees no CUDA device"
     number = int(name[5:]) if name[5:] else local_rank % max(1, count)
     try:
         if number >= count:
@@ -2216,7 +2487,7 @@ def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
     except Exception as error:  # No Triton, no compiler for it, a GPU that it does not know, ...
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         if name == "auto":
-            return CPU, f"the CUDA device does not work: {problem}"
+            return torch.device("cpu"), f"the CUDA device does not work: {problem}"
         raise UsageError(f"--device {name}: {problem}; use --device cpu") from error
     return device, torch.cuda.get_device_name(device)
 
@@ -2257,7 +2528,8 @@ class Options:
                                      "the input in the output")
         if self.report is not None:
             folder = self.report.resolve().parent
-            if self.report.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            if self.report.is_dir() or not (
+                    self.report.exists() or os.access(folder, os.W_OK | os.X_OK)):
                 raise UsageError(f"--report {self.report}: cannot be written there")
             if any(folder.is_relative_to(place.resolve()) for place in (self.input, self.output)):
                 raise UsageError(f"--report {self.report}: give a path outside of input and output")
@@ -2265,19 +2537,21 @@ class Options:
 
 def find_apart_experts(plan: Plan) -> str | None:
     """Return a weight of one expert where the architecture's own checkpoints have them in one."""
-    kinds = {str(value) for key, value in walk(plan.checkpoint.files.get(CONFIG_NAME))
-             if key == "model_type"}
-    pattern = None
-    if "mixtral" in kinds:
-        pattern = r".*experts\.\d+\.(?!w[123]\b).*\.weight"
-    elif kinds & {"gpt_oss", "llama4", "llama4_text"}:
-        pattern = r".*experts\.\d+\..*"
-    names = (step.output.name for step in plan.steps) if pattern else ()
-    return next((name for name in names if re.fullmatch(pattern, name, re.DOTALL)), None)
+    for part in plan.parts:
+        kinds = {str(value) for key, value in walk(part.checkpoint.files.get(CONFIG_NAME))
+                 if key == "model_type"}
+        if kinds & {"mixtral", "gpt_oss", "llama4", "llama4_text"}:
+            other = r"(?!w[123]\b).*\.weight" if "mixtral" in kinds else ".*"
+            for step in (step for shard in part.shards for step in shard.steps):
+                if re.fullmatch(rf".*experts\.\d+\.{other}", step.output.name, re.DOTALL):
+                    return step.output.name
+    return None
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found = {"fp8_cast_bf16": VERSION, "python": platform.python_version(),
+             "torch": torch.__version__}
     for package in ("safetensors", "tqdm", "triton"):
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
@@ -2286,7 +2560,10 @@ def versions() -> dict[str, str]:
 
 @dataclass
 class Report:
-    """All that a run has found and done; --report writes it as JSON."""
+    """All that a run has found and done; --report writes it as JSON.
+
+    status: planned, complete (nothing was to do), converted, verified, or different.
+    """
 
     options: Options
     input: dict[str, int]
@@ -2300,56 +2577,71 @@ class Report:
     files_left_out: list[str]
     experts_apart: str | None
     implausible: list[str]
-    versions: dict[str, str] = field(default_factory=versions)
+    warnings: list[str]
+    status: str = "planned"
+    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    versions: dict[str, str] = field(default_factory=lambda: versions())
     shards_already_there: list[str] = field(default_factory=list)
-    complete: bool = False
     bytes_written: int = 0
     NaN: dict[str, int] = field(default_factory=dict)
     infinite: dict[str, int] = field(default_factory=dict)
     differences: list[str] | None = None
+    damaged_shards: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
     """Say what will be done, and return the record of it."""
-    steps, tensors = [*plan.steps], plan.checkpoint.tensors.values()
+    steps = [*plan.steps]
+    tensors = [tensor for part in plan.parts for tensor in part.checkpoint.tensors.values()]
     kinds = Counter(kind_of(step) for step in steps if step.quantization)
-    missing = {kind: [tensor.name for tensor in plan.reading.missing]
-               if kind == options.missing_scale else [] for kind in MISSING_SCALE}
+    missing = {kind: [tensor.name for tensor in plan.missing] if kind == options.missing_scale
+               else [] for kind in MISSING_SCALE}
+    warnings = [f"{part.checkpoint.root}: has no {CONFIG_NAME}, so nothing can load the output"
+                 for part in plan.parts if not {CONFIG_NAME, PARAMS_NAME} & {*part.checkpoint.files}
+                 and any(Path(shard.name).name.startswith("model") for shard in part.shards)]
     report = Report(
         options,
-        {"shards": len(plan.checkpoint.shards), "tensors": len(tensors),
-         "bytes": sum(tensor.size for tensor in tensors)},
-        {"shards": len(plan.shards), "tensors": len(steps), "bytes": plan.size},
-        dict(kinds.most_common()), len(steps) - kinds.total(), len(plan.reading.dropped),
-        [tensor.name for tensor in plan.reading.orphans],
+        {"shards": sum(len(part.checkpoint.shards) for part in plan.parts),
+         "tensors": len(tensors), "bytes": sum(tensor.size for tensor in tensors)},
+        {"shards": len(plan.shards), "tensors": len(steps),
+         "bytes": sum(shard.size for shard in plan.shards)},
+        dict(kinds.most_common()), len(steps) - kinds.total(),
+        sum(len(part.reading.dropped) for part in plan.parts),
+        [tensor.name for part in plan.parts for tensor in part.reading.orphans],
         dict.fromkeys(missing["keep"], "no scale"), missing["cast"], side.left_out,
-        find_apart_experts(plan), find_implausible(plan))
-    if options.ranks.rank > 0:
-        return report
+        find_apart_experts(plan), find_implausible(plan), warnings)
+    if options.ranks.rank == 0:
+        tell_plan(report)
+    return report
+
+
+def tell_plan(report: Report) -> None:
+    """Say what will be done."""
     for title, numbers in (("Input", report.input), ("Output", report.output)):
         shards, tensors = (counted(numbers[f"{noun}s"], noun) for noun in ("shard", "tensor"))
         say(f"{title}: {shards}, {tensors}, {sized(numbers['bytes'])}")
     for kind, count in report.dequantized.items():
         say(f"  {counted(count, 'weight')} to dequantize: {kind}")
+    if not report.dequantized and not report.kept_in_fp8:
+        say("No quantized weights: this is a plain copy")
     say(f"  {counted(report.copied, 'tensor')} to copy, {counted(report.dropped, 'scale')} to drop")
     for name in report.kept_in_fp8:
-        say(f"Warning: Missing scale_inv tensor for {name}, skipping conversion")
-    if side.left_out:
-        say(f"Not copied (other weights, or not regular files): {', '.join(side.left_out)}")
+        say(f"Warning: Missing scale_inv tensor for {name}, skipping conversion", sys.stderr)
+    if report.files_left_out:
+        say(f"Not copied: {', '.join(report.files_left_out)}")
     if report.experts_apart:
         say(f"Experts are stored one by one ({report.experts_apart}), while models of this "
             "architecture have them in one tensor: loaders may not find them")
-    for line in report.implausible:
+    for line in report.warnings + report.implausible:
         say(f"Warning: {line}", sys.stderr)
-    return report
 
 
 def tell_state(state: OutputState, plan: Plan, options: Options, record: Report) -> None:
     """Say what is there and what there is room for. Raises CheckpointError if too little."""
     out = options.output
     record.shards_already_there = sorted(state.done)
-    record.complete = not (len(state.done) < len(plan.shards) or state.files or state.stale)
+    record.status = "complete" if state.complete else "planned"
     if state.done:
         say(f"Already there: {len(state.done)} of {counted(len(plan.shards), 'shard')}")
     if state.replaced:
@@ -2361,9 +2653,10 @@ def tell_state(state: OutputState, plan: Plan, options: Options, record: Report)
     if newer:
         say(f"Input files newer than their output: {', '.join(sorted(newer))}; run --verify to be "
             "sure")
-    say(f"Space: {sized(state.needed)} to write, {sized(state.free)} free; memory: "
-        f"{options.workers} workers, at most {sized(2 * WINDOW)} each")
-    if state.needed > state.free:
+    free = "an unknown number of bytes" if state.free is None else sized(state.free)
+    say(f"Space: {sized(state.needed)} to write, {free} free; memory: {options.workers} workers, "
+        f"at most {sized(2 * WINDOW)} each")
+    if state.free is not None and state.needed > state.free:
         raise CheckpointError(f"{out}: not enough space: {sized(state.needed - state.free)} short; "
                               "free some or give another output")
 
@@ -2384,20 +2677,21 @@ def make_output(plan: Plan, side: SideFiles, options: Options, record: Report) -
             done = find_done(there, out, options.workers)
             if len(done) < len(mine) and not options.dry_run:
                 await_plan(out, digest_of(plan), ranks.rank)
-        if options.dry_run or (record.complete and ranks.count == 1):
+        if options.dry_run or (record.status == "complete" and ranks.count == 1):
             return
         todo = [shard for shard in mine if shard.name not in done]
         if todo:
-            pool = [Worker(torch.device(options.device), WINDOW) for _ in range(options.workers)]
+            pool = [Worker(options.device, WINDOW) for _ in range(options.workers)]
             write_shards(todo, out, pool, ranks.rank > 0)
         if ranks.rank == 0:
             await_shards([shard for shard in plan.shards if shard not in mine], out)
-            for path in out.glob(f"*{TEMPORARY_SUFFIX}"):
+            for path in out.rglob(f"*{TEMPORARY_SUFFIX}"):
                 path.unlink(missing_ok=True)
-            if not record.complete:
-                publish(plan.checkpoint.root, out, side)
+            if record.status != "complete":
+                publish(plan.root, out, side)
             (out / RANKS_NAME).unlink(missing_ok=True)
     record.bytes_written = sum(shard.size for shard in todo)
+    record.status = "converted" if record.status == "planned" else record.status
     record.seconds = dict(sum((worker.seconds for worker in pool), Counter()))
     counts = sum((worker.nonfinite for worker in pool), Counter())
     record.NaN, record.infinite = ({name: count for (what, name), count in counts.items()
@@ -2415,13 +2709,16 @@ def prepare(plan: Plan, side: SideFiles, options: Options, record: Report,
         (out / RANKS_NAME).unlink(missing_ok=True)  # of a job that was killed
     state = inspect_output(plan, out, side, options.workers)
     tell_state(state, plan, options, record)
-    if options.dry_run or (record.complete and not several):
+    if options.dry_run or (record.status == "complete" and not several):
         return state.done
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in {out, *(out / part.folder for part in plan.parts)}:
+        folder.mkdir(parents=True, exist_ok=True)
+    for shard in plan.shards:
+        (out / shard.name).parent.mkdir(exist_ok=True, parents=True)
     stack.enter_context(locked(out))
     for path in [*(out / name for name in side.texts), *state.stale]:
         # Another rank may be writing a temporary file.
-        if not record.complete and not (several and path.suffix == TEMPORARY_SUFFIX):
+        if record.status != "complete" and not (several and path.suffix == TEMPORARY_SUFFIX):
             path.unlink(missing_ok=True)
     sync(out)
     if several:
@@ -2430,14 +2727,11 @@ def prepare(plan: Plan, side: SideFiles, options: Options, record: Report,
 
 
 def tell_converted(record: Report, ranks: Ranks) -> None:
-    """Say what was done; the last line sums it up."""
+    """Say what was done; the last lines sum it up."""
     for kind in NONFINITE:
         if found := getattr(record, kind):
             say(f"{counted(sum(found.values()), kind + ' value')}, in {', '.join(found)}")
     if ranks.rank > 0:
-        return
-    if record.complete:
-        say("Nothing to do: the output is complete")
         return
     for fate, names in (("kept in FP8", record.kept_in_fp8),
                         ("cast with scale 1", record.cast_with_scale_1)):
@@ -2447,27 +2741,47 @@ def tell_converted(record: Report, ranks: Ranks) -> None:
                 say(f"  {name}")
     if record.dropped_scales_of_no_weight:
         say(f"Dropped scales of no weight: {', '.join(record.dropped_scales_of_no_weight)}")
-    out, seconds = record.output, Counter(record.seconds)
-    seconds["writing"] += seconds["syncing"]
-    say(f"Converted {counted(out['shards'], 'shard')}, {counted(out['tensors'], 'tensor')}: "
-        f"{sum(record.dequantized.values()):,} dequantized, {record.copied:,} copied, "
-        f"{counted(record.dropped, 'scale')} dropped; {sized(record.input['bytes'])} in, "
-        f"{sized(out['bytes'])} out, {seconds['total']:.1f} s, "
-        f"{record.bytes_written / seconds['total'] / 1e9:.2f} GB/s, "
-        f"limited by {max(PHASES[:3], key=lambda phase: seconds[phase])}")
+    out, seconds, there = record.output, Counter(record.seconds), len(record.shards_already_there)
+    if record.status == "complete":
+        say("Nothing to do: the output is complete")
+    else:
+        seconds["writing"] += seconds["syncing"]
+        already = f" ({there} were there already)" if there else ""
+        limit = max(PHASES[:3], key=lambda phase: seconds[phase])
+        say(f"Converted {counted(out['shards'], 'shard')}{already}, "
+            f"{counted(out['tensors'], 'tensor')}: {sum(record.dequantized.values()):,} "
+            f"dequantized, {record.copied:,} copied, {counted(record.dropped, 'scale')} dropped; "
+            f"{sized(record.bytes_written)} written in {seconds['total']:.1f} s, "
+            f"{record.bytes_written / seconds['total'] / 1e9:.2f} GB/s"
+            + f", limited by {limit}" * (record.bytes_written > 0))
+    if names := record.kept_in_fp8:
+        say(f"{counted(len(names), 'weight')} {'is' if len(names) == 1 else 'are'} still FP8: the "
+            "output will not load correctly; see --missing-scale")
 
 
 def tell_verified(record: Report, options: Options) -> None:
     """Say how an output differs. Raises CheckpointError if it does."""
-    for difference in record.differences:
-        say(difference)
-    if record.differences:
+    lines = record.differences
+    for line in lines[:LINES_LIMIT]:
+        say(line)
+    if len(lines) > LINES_LIMIT:
+        say(f"... and {len(lines) - LINES_LIMIT:,} more; --report FILE has them all")
+    if lines:
+        remedy = "run the same command without --verify"
+        if damaged := record.damaged_shards:
+            more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+            remedy = f"delete {', '.join(damaged[:5])}{more} and {remedy}"
         raise CheckpointError(f"{options.output}: differs from what the input gives in "
-                              f"{counted(len(record.differences), 'place')}")
+                              f"{counted(len(lines), 'place')}; {remedy}")
     size, seconds = record.input["bytes"] + record.output["bytes"], record.seconds["total"]
     if options.ranks.rank == 0:
         say(f"Verified {counted(record.output['tensors'], 'tensor')}: no differences; "
             f"{sized(size)} read, {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
+
+
+def open_report(path: Path | None):
+    """Open a report that is no regular file, such as a pipe, which must not be replaced by one."""
+    return open(path, "w") if path and path.exists() and not path.is_file() else None
 
 
 def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path | None = None,
@@ -2479,7 +2793,9 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path |
     Until all is there, the output holds no index and no config.
     """
     began = time.perf_counter()
-    options = Options(Path(fp8_path), Path(bf16_path), report=report and Path(report), **options)
+    paths = [Path(path).expanduser() if path else None for path in (fp8_path, bf16_path, report)]
+    options = Options(*paths[:2], report=paths[2], **options)
+    file = open_report(options.report)
     ranks, workers = options.ranks, options.workers
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -2490,17 +2806,25 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path |
         several = f", {ranks.count} ranks" if ranks.count > 1 else ""
         say(f"{where}, {workers} workers{several}")
     options = replace(options, device=str(device), workers=workers)
-    plan = make_plan(load_checkpoint(options.input), options.missing_scale)
+    plan = make_plan(options.input, options.missing_scale)
     side = find_side_files(plan)
     record = report_plan(plan, side, options)
     if options.verify:
-        record.differences = find_differences(plan, options.output, side.texts, workers, ranks)
+        found = find_differences(plan, options.output, side, workers, ranks)
+        record.differences, record.damaged_shards = found
+        record.status = "different" if record.differences else "verified"
     else:
         make_output(plan, side, options, record)
     record.seconds["total"] = time.perf_counter() - began
     if path := options.report:
-        path = path.with_stem(f"{path.stem}.rank{ranks.rank}") if ranks.rank else path
-        write_whole(path, json.dumps(asdict(record), indent=2, default=str) + "\n")
+        text = json.dumps(asdict(record), indent=2, default=str) + "\n"
+        if file:
+            with file:
+                file.write(text)
+        else:
+            path = path.resolve()
+            path = path.with_stem(f"{path.stem}.rank{ranks.rank}") if ranks.rank else path
+            write_whole(path, text)
     if options.verify:
         tell_verified(record, options)
     elif not options.dry_run:
@@ -2515,7 +2839,8 @@ def main(fp8_path: str | Path, bf16_path: str | Path, **options) -> None:
 def cli(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status.
 
-    That is 0 if converted or verified, 1 if impossible or different, 130 or 143 if interrupted.
+    That is 0 if converted or verified, 1 if impossible or different, 2 for wrong usage, 130 or 143
+    if interrupted.
     """
     parser = argparse.ArgumentParser(
         description="Convert an FP8 checkpoint into a BF16 one.", epilog=formats_table(),
@@ -2531,19 +2856,24 @@ def cli(arguments: list[str] | None = None) -> int:
     add("--dry-run", action="store_true", help="print the plan and the space it needs")
     add("--verify", action="store_true", help="compare an existing output with the input")
     add("--report", metavar="FILE", help="write a JSON record of it all")
+    add("--version", action="version", version=VERSION)
     options = parser.parse_args(arguments)
     ranks = find_ranks()
     try:
+        if "torch" not in globals():
+            if ranks.rank == 0:
+                say(f"fp8_cast_bf16 {VERSION}")
+            import_torch()
         convert(**vars(options), ranks=ranks)
     except UsageError as error:
         parser.error(printable(str(error)))
     except (CheckpointError, OSError, RuntimeError, MemoryError) as error:
-        print(f"error: {printable(message_of(error))}", file=sys.stderr)
+        say(f"error: {message_of(error)}", sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         if ranks.rank == 0:
             what = "not everything was compared" if options.verify else "the output is not complete"
-            print(f"interrupted: {what}", file=sys.stderr)
+            say(f"interrupted: {what}", sys.stderr)
         return 128 + (interrupt.args or [signal.SIGINT])[0]
     return 0
 
@@ -2564,7 +2894,20 @@ def end(number: int, frame) -> None:
     raise KeyboardInterrupt(number)
 
 
+def open_streams() -> None:
+    """Give closed standard streams the null device, or files of shards would get their numbers."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(os.devnull, "r+" if number else "r"))
+
+
 if __name__ == "__main__":
+    open_streams()
     signal.signal(signal.SIGTERM, end)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, end)
     gc.set_threshold(200_000)  # A plan is many objects, and while it grows none of them is garbage.
     sys.exit(cli())

@@ -152,14 +152,14 @@ def run_layout(source: str, out: str) -> None:
     from make_checkpoint import deepseek_v3_tensors, make_layout
 
     make_layout(Path(source), list(deepseek_v3_tensors()), 163)
-    plan = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(Path(source)))
+    plan = fp8_cast_bf16.make_plan(Path(source))
     worker = fp8_cast_bf16.Worker(fp8_cast_bf16.torch.device("cpu"), 0)
     os.makedirs(out)
     for shard in plan.shards:
         with open(Path(out, shard.name), "wb") as file:
             file.write(shard.sealed(fp8_cast_bf16.fingerprint_of(shard, worker)))
             file.truncate(shard.size)
-    for name, text in fp8_cast_bf16.bf16_texts(plan).items():
+    for name, text in fp8_cast_bf16.find_side_files(plan).texts.items():
         Path(out, name).write_text(text)
 
 
@@ -576,7 +576,7 @@ def measure_ranks(folder: Path, options: argparse.Namespace) -> dict:
     two_over_one = ratio(runs, *RANK_RUNS)
     print(f"two ranks are {two_over_one:.2f} x as fast as one (median of pairs, whole processes)")
     make_layout(layout, list(deepseek_v3_tensors()), 163)
-    plan = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(layout))
+    plan = fp8_cast_bf16.make_plan(layout)
     shares = {ranks: imbalance(plan.shards, ranks) for ranks in (8, 32, 64)}
     print("DeepSeek-V3, the bytes of the rank that writes most over the mean, calculated: ", end="")
     print(", ".join(f"{share:.3f} on {ranks} ranks" for ranks, share in shares.items()))

@@ -104,6 +104,7 @@ def test_gguf_and_bin_checkpoints_are_refused(tmp_path):
 def test_checkpoint_of_scales_alone_is_refused(source):
     (source / INDEX).unlink()
     (source / ONE).unlink()
+    (source / TWO).rename(source / SHARD)
     assert_folder_refused(source, "holds no tensors")
 
 

@@ -135,7 +135,7 @@ def test_signs_of_completeness_go_before_any_shard_does(source, monkeypatch):
               and not name.endswith(".tmp")]
     assert {*events[:2]} == {("removed", INDEX), ("removed", "config.json")}
     assert {*events[2:4]} == {("replaced", ONE), ("replaced", TWO)}
-    assert events[4:] == [("replaced", "config.json"), ("replaced", INDEX)]
+    assert events[4:] == [("replaced", INDEX), ("replaced", "config.json")]
 
 
 # --- what is copied ---
@@ -145,7 +145,8 @@ def test_other_files_are_copied_and_weight_files_are_not(tmp_path):
     source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(1)}})
     copied = ["tokenizer.json", "chat template.jinja", "modeling.py", "inference/deep/run.py", ".x"]
     left = ["pytorch_model.bin", "original/consolidated.pth", "q4.gguf", "quant_cfg.json"]
-    left += [".git/config", ".cache/huggingface/download/x.lock", "inference/other.safetensors"]
+    left += [".git/config", ".cache/huggingface/download/x.lock", "._config.json", ".DS_Store"]
+    left += ["optimizer.pt", "global_step7/x", "model.onnx_data", "core.123", "x.json~", "x.part"]
     left += ["quanto_qmap.json", "quant_model_description_w8a8.json"]
     for name in copied + left:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -189,29 +190,34 @@ def test_what_is_no_file_of_the_checkpoint_is_left_out(folder, secret, capsys, k
     write_checkpoint(folder / "in", {SHARD: TENSORS})
     (folder / "in/sub").mkdir()
     (folder / "in/sub/fine.txt").write_text("fine")
-    special_file(folder / "in/notes.txt", kind, secret)
-    special_file(folder / "in/sub/n.json", kind, secret)
     (folder / "in/linked").symlink_to(folder)
-    assert cli(arguments(folder / "in")) == 0
-    assert {*contents(folder / "out")} == {SHARD, INDEX, "sub/fine.txt"}
-    printed = capsys.readouterr().out
-    named = "Not copied (other weights, or not regular files): linked, notes.txt, sub/n.json\n"
-    assert named in printed
-    assert not [data for data in contents(folder / "out").values() if b"abc" in data]
+    special_file(folder / "in/sub/n.json", kind, secret)
+    if "link" in kind or kind == "device":  # which the tests make as a link
+        assert cli(arguments(folder / "in")) == 1
+        assert "n.json: is a link to" in capsys.readouterr().err
+        assert not (folder / "out").exists()
+    else:
+        assert cli(arguments(folder / "in")) == 0
+        assert {*contents(folder / "out")} == {SHARD, INDEX, "sub/fine.txt"}
+        assert "Not copied: linked, sub/n.json\n" in capsys.readouterr().out
 
 
-def test_links_out_of_the_checkpoint_are_left_out_and_named(tmp_path, capsys):
+def test_links_out_of_the_checkpoint_are_refused_and_those_inside_followed(tmp_path, capsys):
     source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(1)}})
     (tmp_path / "private").mkdir()
     (tmp_path / "private/key").write_text("secret")
-    (source / "link.txt").symlink_to(tmp_path / "private/key")
     (source / "folder").symlink_to(tmp_path / "private")
     (source / "inside.json").symlink_to(INDEX)
     os.mkfifo(source / "pipe")
     main(source, tmp_path / "out")
     assert set(contents(tmp_path / "out")) == {"model.safetensors", INDEX, "inside.json"}
-    message = "Not copied (other weights, or not regular files): folder, link.txt, pipe\n"
-    assert message in capsys.readouterr().out
+    assert "Not copied: folder, pipe\n" in capsys.readouterr().out
+    for target in (tmp_path / "private/key", tmp_path / "gone"):
+        (source / "link.txt").symlink_to(target)
+        with pytest.raises(CheckpointError, match=rf"link.txt: is a link to {target}.*cp -L"):
+            main(source, tmp_path / "other")
+        (source / "link.txt").unlink()
+    assert not (tmp_path / "other").exists()
 
 
 def test_links_are_followed_into_the_blobs_of_a_hub_cache_only(folder, secret, capsys):
@@ -220,11 +226,12 @@ def test_links_are_followed_into_the_blobs_of_a_hub_cache_only(folder, secret, c
     source = write_checkpoint(folder / "snapshots/1/in", {SHARD: TENSORS})
     (source / ".git").mkdir()
     (source / ".git/config").write_text("token abc")
-    (source / "notes.txt").symlink_to(folder / "blobs/secret")
-    (source / "README.md").symlink_to(".git/config")
-    assert cli(arguments(source, out=folder / "out")) == 0
-    assert {*contents(folder / "out")} == {SHARD, INDEX}
-    assert "README.md, notes.txt" in capsys.readouterr().out
+    for name, target in (("notes.txt", folder / "blobs/secret"), ("README.md", ".git/config")):
+        (source / name).symlink_to(target)
+        assert cli(arguments(source, out=folder / "out")) == 1
+        assert f"{name}: is a link to {target}" in capsys.readouterr().err
+        assert not (folder / "out").exists()
+        (source / name).unlink()
 
 
 def test_files_of_a_folder_inside_a_snapshot_are_copied(tmp_path):
@@ -263,7 +270,7 @@ def test_files_beside_the_shards_are_made_right_again(source, out):
 
 
 def test_stale_signs_of_quantization_are_removed_from_the_output(tmp_path):
-    (tmp_path / "out").mkdir()
+    convert(tmp_path, {SHARD: {"x": torch.ones(1)}})
     (tmp_path / "out/hf_quant_config.json").write_text("{}")
     (tmp_path / "out/config.json").write_text("{}")
     convert(tmp_path, {SHARD: {"x": torch.ones(1)}})
@@ -390,7 +397,8 @@ def test_files_are_not_written_through_links_in_the_output(tmp_path):
     (source / "deep").mkdir()
     (source / "deep/b.json").write_text("b")
     (tmp_path / "mine").write_text("mine")
-    (tmp_path / "out").mkdir()
+    main(source, tmp_path / "out")
+    (tmp_path / "out/a.json").unlink()
     (tmp_path / "out/a.json").symlink_to("../mine")
     main(source, tmp_path / "out")
     assert (tmp_path / "mine").read_text() == "mine"
@@ -427,7 +435,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(source, monkeypatch, cap
 
 
 def test_too_little_space_is_said_before_anything_is_written(source, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10**5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 10**5))
     for more in ([], ["--dry-run"]):
         assert cli(arguments(source, *more)) == 1
         assert "not enough space" in capsys.readouterr().err
@@ -436,7 +444,7 @@ def test_too_little_space_is_said_before_anything_is_written(source, capsys, mon
 
 def test_what_is_there_already_needs_no_space(source, out, monkeypatch):
     expected = contents(out)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10**5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 10**5))
     main(source, out)
     (out / TWO).rename(out / f"{TWO}.tmp")  # its space is free again with the leftover gone
     main(source, out)

@@ -15,6 +15,7 @@ from checkpoints import (
     INDEX,
     KEY,
     ONE,
+    SHARD,
     TWO,
     arguments,
     contents,
@@ -74,7 +75,7 @@ def data_place(tensor, where):
 
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
 def test_an_input_of_which_any_one_tensor_was_retrained_differs(source, out, capsys, where):
-    plan = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(source))
+    plan = fp8_cast_bf16.make_plan(source)
     tensors = {t.name: (shard.name, t) for shard in plan.shards for step in shard.steps
                for t in (step.source, step.quantization and step.quantization.scale) if t}
     assert len(tensors) == 9
@@ -100,10 +101,10 @@ def test_the_fingerprint_takes_three_whole_pages_of_a_tensor(tmp_path):
     """A fine-tune may leave 98% of the codes as they were."""
     codes = finite_codes(400, 400)
     tensors = {"a.weight": codes, "a.weight_scale_inv": torch.ones(4, 4)}
-    write_checkpoint(tmp_path / "in", {ONE: tensors}, CONFIG)
+    write_checkpoint(tmp_path / "in", {SHARD: tensors}, CONFIG)
 
     def fingerprint():
-        (shard,) = fp8_cast_bf16.make_plan(fp8_cast_bf16.load_checkpoint(tmp_path / "in")).shards
+        (shard,) = fp8_cast_bf16.make_plan(tmp_path / "in").shards
         worker = fp8_cast_bf16.Worker(torch.device("cpu"), 0)
         found = fp8_cast_bf16.fingerprint_of(shard, worker)
         worker.close()
@@ -113,10 +114,10 @@ def test_the_fingerprint_takes_three_whole_pages_of_a_tensor(tmp_path):
     for place in (0, 4095, size // 2, size // 2 + 4095, size - 4096, size - 1):
         changed = codes.view(torch.uint8).clone()
         changed.view(-1)[place] ^= 1
-        write_checkpoint(tmp_path / "in", {ONE: tensors | {"a.weight": changed.view(codes.dtype)}},
-                         CONFIG)
+        tuned = tensors | {"a.weight": changed.view(codes.dtype)}
+        write_checkpoint(tmp_path / "in", {SHARD: tuned}, CONFIG)
         assert fingerprint() != whole, place
-    write_checkpoint(tmp_path / "in", {ONE: tensors}, CONFIG)
+    write_checkpoint(tmp_path / "in", {SHARD: tensors}, CONFIG)
     assert fingerprint() == whole
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from checkpoints import (
     FP8_CONFIG,
     INDEX,
     ONE,
+    SHARD,
     TWO,
     arguments,
     contents,
@@ -52,12 +54,13 @@ def differences(folders, capsys):
         assert lines[at].startswith("Verified 7 tensors: no differences; ")
         return []
     assert status == 1
-    implausible = "Warning: E4M3, "  # So are the values here.
-    assert [line for line in printed.err.splitlines() if not line.startswith(implausible)] == [
-        f"error: {out}: differs from what the input gives in {len(lines) - at} "
-        f"place{'s' * (len(lines) - at > 1)}"
-    ]
-    return lines[at:]
+    (error,) = (line for line in printed.err.splitlines() if not line.startswith("Warning: "))
+    assert error.startswith(f"error: {out}: differs from what the input gives in {len(lines) - at} "
+                            f"place{'s' * (len(lines) - at > 1)}; ")
+    shards = {line.partition(": ")[0] for line in lines[at:] if ": element " in line}
+    assert ("delete " in error) == bool(shards)
+    assert all(shard in error for shard in shards)
+    return [re.sub(r"^\S+\.safetensors: (?=.*: element )", "", line) for line in lines[at:]]
 
 
 def rewrite(out, change, name=ONE):
@@ -115,7 +118,7 @@ def test_the_first_differing_element_of_a_copied_tensor_is_named(
     size = torch.empty(0, dtype=dtype).element_size()
     tensors = {"a": torch.zeros(3, 5, 7, size, dtype=torch.uint8).view(dtype)[..., 0].clone(),
                "scalar": torch.ones(()), "empty": torch.ones(0, 3), "z": torch.ones(9)}
-    write_checkpoint(tmp_path / "in", {ONE: tensors}, {}, index=False)
+    write_checkpoint(tmp_path / "in", {SHARD: tensors}, {}, index=False)
     main(tmp_path / "in", tmp_path / "out")
 
     def change(tensors):
@@ -124,7 +127,7 @@ def test_the_first_differing_element_of_a_copied_tensor_is_named(
         tensors["a"] = flat.flatten().view(dtype).view(3, 5, 7)
         tensors["scalar"] = torch.zeros(())
 
-    rewrite(tmp_path / "out", change)
+    rewrite(tmp_path / "out", change, SHARD)
     expected = "00" * size
     assert differences((tmp_path / "in", tmp_path / "out"), capsys) == [
         f"a: element [1, 3, 3] is 0x01{expected[2:]}, expected 0x{expected}",
@@ -207,7 +210,7 @@ def test_what_is_wrong_with_index_and_config_is_named(folders, capsys):
     ]
     (out / INDEX).unlink()
     (out / "config.json").unlink()
-    assert differences(folders, capsys) == ["config.json is missing", f"{INDEX} is missing"]
+    assert differences(folders, capsys) == [f"{INDEX} is missing", "config.json is missing"]
 
 
 def test_a_stale_index_hides_no_other_difference(folders, capsys):
@@ -284,7 +287,9 @@ FP8_WEIGHTS = {"a.weight", "b.weight", "experts.up_proj", "nan.weight"}
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
-        ({"meaning": torch.float8_e5m2}, FP8_WEIGHTS),
+        ({"nonfinite": 0x80}, {"nan.weight"}),  # NaN taken for numbers
+        ({"exponent_bits": 5, "mantissa_bits": 2}, FP8_WEIGHTS),
+        ("too_small", FP8_WEIGHTS),
         ("widen_scales", FP8_WEIGHTS),
         ("_scale", FP8_WEIGHTS - {"nan.weight"}),  # which has one scale only
     ],
@@ -295,6 +300,9 @@ def test_an_error_in_the_kernel_would_be_found(folders, capsys, monkeypatch, cha
         if isinstance(change, dict):
             patch.setitem(kernel.FORMATS, "E4M3",
                           dataclasses.replace(kernel.FORMATS["E4M3"], **change))
+        elif change == "too_small":
+            right = kernel.NumberFormat.too_small
+            patch.setattr(kernel.NumberFormat, change, lambda *given: 2 * right(*given))
         elif change == "widen_scales":
             widen = kernel.widen_scales
             patch.setattr(kernel, change, lambda *given: widen(*given) * 1.01)
@@ -312,7 +320,7 @@ def test_an_error_with_packed_codes_would_be_found(tmp_path, monkeypatch, change
     codes, scale, _ = nvfp4(3.0, divide=True)
     tensors = {"a.weight_packed": codes, "a.weight_scale": scale,
                "a.weight_global_scale": torch.tensor([3.0])}
-    source = write_checkpoint(tmp_path / "in", {ONE: tensors}, method("compressed-tensors"))
+    source = write_checkpoint(tmp_path / "in", {SHARD: tensors}, method("compressed-tensors"))
     main(source, tmp_path / "out")
     main(source, tmp_path / "out", verify=True)
     with monkeypatch.context() as patch:
@@ -324,7 +332,7 @@ def test_an_error_with_packed_codes_would_be_found(tmp_path, monkeypatch, change
             read = fp8_cast_bf16.read_scales
             patch.setattr(fp8_cast_bf16, "read_scales", lambda *given: read(*given) * 9)
         main(source, tmp_path / "wrong")
-    with pytest.raises(CheckpointError, match=r"in 1 place$"):
+    with pytest.raises(CheckpointError, match=r"in 1 place; delete \S+ and run the same command"):
         main(source, tmp_path / "wrong", verify=True)
 
 
@@ -357,8 +365,8 @@ def test_the_ancestors_output_differs_in_its_config_and_index_only(folders, caps
 def test_differences_stand_in_the_report(folders, tmp_path):
     source, out = folders
     rewrite(out, lambda tensors: tensors["bias"].fill_(0))
-    with pytest.raises(CheckpointError, match=r"in 1 place$"):
+    with pytest.raises(CheckpointError, match=r"in 1 place; delete \S+ and run the same command"):
         main(source, out, verify=True, report=tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert len(report["differences"]) == 1
-    assert report["differences"][0].startswith("bias: element [0] is 0x00000000, expected 0x")
+    assert report["differences"][0].startswith(f"{ONE}: bias: element [0] is 0x0000")

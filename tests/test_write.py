@@ -62,12 +62,12 @@ def test_names_are_given_only_to_synced_files_and_index_and_config_come_last(sou
     main(source, out)
     named = [name for event, name in events if event == "name"]
     assert {*named[:2]} == {str(out / ONE), str(out / TWO)}
-    assert named[2:] == [str(out / name) for name in ("tokenizer.json", "config.json", INDEX)]
+    assert named[2:] == [str(out / name) for name in ("tokenizer.json", INDEX, "config.json")]
     for name in named:
         synced = [place for place, (event, path) in enumerate(events) if event == "sync"
                   and path.startswith(name + ".") and path.endswith(".tmp")]
         assert synced
         assert synced[0] < events.index(("name", name))
-    first_claim = events.index(("name", str(out / "config.json")))
+    first_claim = events.index(("name", str(out / INDEX)))
     assert ("sync", str(out)) in events[events.index(("name", named[2])) : first_claim]
     assert events[-1] == ("sync", str(out))
