@@ -72,12 +72,13 @@ class UsageError(ValueError):
 
 def import_torch() -> None:
     """Import torch, which takes seconds, and what needs it, once the arguments are known."""
-    global torch, tqdm, kernel, Grid, ceil_div, pieces
+    global torch, tqdm, SafetensorError, safe_open, kernel, Grid, ceil_div, pieces
     sys.path.insert(0, str(Path(__file__).parent))  # Not there with PYTHONSAFEPATH.
     try:
         with warnings.catch_warnings():  # torch warns without numpy; nothing here uses it
             warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
             import torch
+        from safetensors import SafetensorError, safe_open
         from tqdm import tqdm
         if [*map(int, re.findall(r"\d+", torch.__version__)[:2])] < [2, 7]:
             raise ImportError(f"torch is {torch.__version__}")
@@ -286,7 +287,8 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
 def read_entries(path: Path, header: dict, begin: int,
                  end: int) -> tuple[dict[str, str], list[Tensor]]:
     """Return what a header says. Raises an error where the data is not all of [begin, end)."""
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its metadata is not text")
     tensors = []
@@ -1500,21 +1502,37 @@ class Worker:
         self.files.clear()
 
 
+class Progress:
+    """A bar on a terminal; elsewhere, a line every TELL seconds, so that a log shows life."""
+
+    def __init__(self, doing: str, total: int, quiet: bool):
+        self.bar = tqdm(desc=doing, total=total, unit="B", unit_scale=True, disable=quiet or None)
+        self.doing, self.total, self.quiet = doing, total, quiet
+        self.done, self.lock = 0, threading.Lock()
+        self.began = self.told = time.monotonic()
+
+    def add(self, size: int) -> None:
+        with self.lock:
+            self.done, now = self.done + size, time.monotonic()
+            self.bar.update(size)
+            if self.bar.disable and not self.quiet and now - self.told > TELL:
+                self.told = now
+                say(f"{self.doing}: {self.done / self.total:.0%} of {sized(self.total)} in "
+                    f"{now - self.began:.0f} s")
+
+
 def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Callable,
                 total: int, quiet: bool = False) -> None:
     """Run every worker in a thread of its own until no task is left or one has failed.
 
-    A task is the arguments of `work` after the worker, a shard first. `work` returns how many of
-    the `total` bytes it has done. torch's own threads are off: they would wait for each other at
-    the end of every operation, on cores that the reads and writes of other workers keep busy.
+    A task is the arguments of `work` after the worker. `work` returns how many of the `total` bytes
+    it has done. torch's own threads are off: they would wait for each other at the end of every
+    operation, on cores that the reads and writes of other workers keep busy.
     """
     lock, stopped, tasks = threading.Lock(), threading.Event(), iter(tasks)
-    threads, began = torch.get_num_threads(), time.monotonic()
-    bar = tqdm(desc=doing, total=total, unit="B", unit_scale=True, disable=quiet or None)
-    done, told = 0, began
+    threads, progress = torch.get_num_threads(), Progress(doing, total, quiet)
 
     def loop(worker: Worker) -> None:
-        nonlocal done, told
         torch.set_num_threads(1)
         torch.set_flush_denormal(False)
         while True:
@@ -1522,13 +1540,7 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
                 task = None if stopped.is_set() else next(tasks, None)
             if task is None:
                 break
-            size = work(worker, *task)
-            with lock:
-                done, now = done + size, time.monotonic()
-                bar.update(size)
-                if bar.disable and not quiet and now - told > TELL:
-                    told = now
-                    say(f"{doing}: {done / total:.0%} of {sized(total)} in {now - began:.0f} s")
+            progress.add(work(worker, *task))
 
     executor = ThreadPoolExecutor(len(pool))
     try:
@@ -1540,7 +1552,7 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
     finally:
         stopped.set()
         executor.shutdown()
-        bar.close()
+        progress.bar.close()
         torch.set_num_threads(threads)
         for worker in pool:
             worker.close()
@@ -1903,18 +1915,11 @@ def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
     found, steps = Differences([], []), []
     mine = {shard.name for shard in shards_of_rank(plan.shards, ranks.rank, ranks.count)}
     for part in plan.parts:
-        names = [Path(shard.name).relative_to(part.folder).as_posix() for shard in part.shards]
-        result = load_checkpoint(out / part.folder, names, side.copied)
-        got = {name: f"{tensor.dtype} {[*tensor.shape]}" for name, tensor in result.tensors.items()}
-        expected = {step.output.name: f"{step.output.dtype} {[*step.output.shape]}"
-                    for shard in part.shards for step in shard.steps}
-        if ranks.rank == 0:
-            where = "" if part.folder == Path() else f"{part.folder.as_posix()}/"
-            found.lines.extend(where + line for line in differences(got, expected))
-            found.lines.extend(where + line for line in differing_texts(result, part, side, where))
-        steps += [(shard, step, result.tensors[step.output.name]) for shard in part.shards
-                  if shard.name in mine for step in shard.steps
-                  if got.get(step.output.name) == expected[step.output.name]]
+        lines, same = compare_headers(part, out, side)
+        found.lines.extend(lines if ranks.rank == 0 else [])
+        steps += [task for task in same if task[0].name in mine]
+    for name in sorted(mine):
+        check_loadable(out / name)
     first, lock = {}, threading.Lock()  # The first difference of each tensor.
 
     def compare(worker: Worker, shard: Shard, step: Step, tensor: Tensor, *piece: int) -> int:
@@ -1935,6 +1940,35 @@ def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
                            f"{value}, expected {wanted}")
         found.damaged.extend([shard] * (shard not in found.damaged))
     return found
+
+
+def compare_headers(part: PlannedPart, out: Path,
+                    side: SideFiles) -> tuple[list[str], list[tuple[Shard, Step, Tensor]]]:
+    """Return what differs in names, dtypes, shapes and texts of a folder, and the planned tensors
+    that do not, each with its shard and what is there.
+    """
+    names = [Path(shard.name).relative_to(part.folder).as_posix() for shard in part.shards]
+    result = load_checkpoint(out / part.folder, names, side.copied)
+    got = {name: f"{tensor.dtype} {[*tensor.shape]}" for name, tensor in result.tensors.items()}
+    steps = [(shard, step) for shard in part.shards for step in shard.steps]
+    expected = {step.output.name: f"{step.output.dtype} {[*step.output.shape]}"
+                for _, step in steps}
+    where = "" if part.folder == Path() else f"{part.folder.as_posix()}/"
+    lines = [*differences(got, expected), *differing_texts(result, part, side, where)]
+    same = [(shard, step, result.tensors[name]) for shard, step in steps
+            if got.get(name := step.output.name) == expected[name]]
+    return [where + line for line in lines], same
+
+
+def check_loadable(path: Path) -> None:
+    """Open a shard as loaders do. Raises CheckpointError if safetensors refuses it."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: safetensors cannot load it ({error})") from error
+    except (OSError, RuntimeError):  # It is missing, or the system does not let it be mapped.
+        pass
 
 
 def cols_of(step: Step) -> int:
@@ -2227,8 +2261,8 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
     files += [name for name in side.copied if not (out / name).is_file()
               or not filecmp.cmp(plan.root / name, out / name, shallow=False)]
     edited = [name for name in files if os.path.lexists(out / name) and not (out / name).is_dir()]
-    theirs = edited + [path.name for path in stale if path.suffix != TEMPORARY_SUFFIX
-                       and path.name != RANKS_NAME and not path.is_dir()]
+    theirs = edited + [path.name for path in stale if path.is_file()
+                       and path.suffix not in (TEMPORARY_SUFFIX, Path(RANKS_NAME).suffix)]
     if theirs and not there:
         raise CheckpointError(f"{out}: holds {', '.join(theirs)}, which this program has not "
                               "written; give another folder")
@@ -2236,11 +2270,10 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
     sizes = [shard.size for shard in plan.shards if shard.name not in done]
     sizes += [len(side.texts[name]) if name in side.texts else (plan.root / name).stat().st_size
               for name in files]
-    freed = 0
+    freed, usage = 0, shutil.disk_usage(existing(out))
     for path in [*stale, *(out / name for name in replaced)]:
         with suppress(FileNotFoundError):  # Another rank may have given it its name.
             freed += getattr(path.lstat(), "st_blocks", 0) * 512
-    usage = shutil.disk_usage(existing(out))
     state = OutputState(done, replaced, files, [*dict.fromkeys(stale)],
                         sum(ceil_div(size, PAGE) * PAGE for size in sizes),
                         usage.free + freed if usage.total else None)
@@ -2784,6 +2817,20 @@ def open_report(path: Path | None):
     return open(path, "w") if path and path.exists() and not path.is_file() else None
 
 
+def resolved(options: Options) -> Options:
+    """Return options with the device and the number of workers that will be used, and say them."""
+    ranks, workers = options.ranks, options.workers
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(16, max(4, 2 * (cores or 1) // ranks.local_count))
+    device, why = pick_device(options.device, ranks.local_rank)
+    if ranks.rank == 0:
+        where = "Verifying on the CPU" if options.verify else f"Device: {device} ({why})"
+        several = f", {ranks.count} ranks" if ranks.count > 1 else ""
+        say(f"{where}, {workers} workers{several}")
+    return replace(options, device=str(device), workers=workers)
+
+
 def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path | None = None,
             **options) -> None:
     """Convert the FP8 checkpoint in one folder into a BF16 checkpoint in another.
@@ -2796,21 +2843,12 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path |
     paths = [Path(path).expanduser() if path else None for path in (fp8_path, bf16_path, report)]
     options = Options(*paths[:2], report=paths[2], **options)
     file = open_report(options.report)
-    ranks, workers = options.ranks, options.workers
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(16, max(4, 2 * (cores or 1) // ranks.local_count))
-    device, why = pick_device(options.device, ranks.local_rank)
-    if ranks.rank == 0:
-        where = "Verifying on the CPU" if options.verify else f"Device: {device} ({why})"
-        several = f", {ranks.count} ranks" if ranks.count > 1 else ""
-        say(f"{where}, {workers} workers{several}")
-    options = replace(options, device=str(device), workers=workers)
+    options, ranks = resolved(options), options.ranks
     plan = make_plan(options.input, options.missing_scale)
     side = find_side_files(plan)
     record = report_plan(plan, side, options)
     if options.verify:
-        found = find_differences(plan, options.output, side, workers, ranks)
+        found = find_differences(plan, options.output, side, options.workers, ranks)
         record.differences, record.damaged_shards = found
         record.status = "different" if record.differences else "verified"
     else:
