@@ -440,7 +440,10 @@ def find_checkpoints(root: Path) -> tuple[list[Part], list[str]]:
             continue
         shards = {str(place / name) for name in names if name[0] != "."
                   and (name.endswith(".safetensors") or fnmatch.fnmatchcase(name, INDEX_PATTERN))}
-        if shards <= taken and place != Path():
+        if place != Path() and (not shards or shards & taken):
+            if beside := sorted(shards - taken):
+                raise CheckpointError(f"{root / beside[0]}: stands among shards of an index that "
+                                      f"does not name it; move it out of {root}")
             continue
         checkpoint = load_checkpoint(root / place)
         taken |= {str(place / name) for name in checkpoint.shards}
