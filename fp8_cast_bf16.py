@@ -399,11 +399,13 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
     weight_map = weight_map if isinstance(weight_map, dict) else {}  # find_shards refuses an input.
     tensors = {}
     for name, rivals in holders.items():
-        meant = [tensor for tensor in rivals if tensor.path == root / str(weight_map.get(name))]
-        if len(rivals) > 1 and not meant:
+        if len(rivals) > 1:
+            meant = root / str(weight_map.get(name))
+            rivals = [tensor for tensor in rivals if tensor.path == meant] or rivals
+        if len(rivals) > 1:
             raise rivals[1].error(f"stands in {rivals[0].path.name} too and no index says which "
                                   "counts; remove the file that is not part of the checkpoint")
-        tensors[name] = (meant or rivals)[0]
+        tensors[name] = rivals[0]
     for name, shard in weight_map.items():
         if name not in tensors and planned is None:
             raise CheckpointError(f"{root / shard}: {name} is not there; {index_name} names it")
@@ -930,12 +932,14 @@ def counts(row: Format, evidence: Evidence) -> bool:
 def find_matches(weight: Tensor, checkpoint: Checkpoint, evidence: Evidence) -> list[Match]:
     """Return the first row that fits a weight, then those that fit it with another scale."""
     tensors, found = checkpoint.tensors, {}
-    for row, size, stem, *names in rows_for(weight.dtype, ".".join(weight.name.split(".")[-3:])):
+    for row, size, stem, name, second in rows_for(weight.dtype,
+                                                  ".".join(weight.name.split(".")[-3:])):
         head = weight.name[: len(weight.name) - size]
-        scale, global_scale = (tensors.get(head + name) if name else None for name in names)
+        scale = tensors.get(head + name)
         if scale is None or scale.dtype not in row.scale_dtypes or scale.name in found:
             continue
-        if names[1] and not global_scale and weight.dtype not in F8:
+        global_scale = tensors.get(head + second) if second else None
+        if second and not global_scale and weight.dtype not in F8:
             continue
         if counts(row, evidence) and not (global_scale and global_scale.dtype not in FLOATS):
             found[scale.name] = Match(row, head, stem, scale, global_scale)
@@ -1361,11 +1365,11 @@ def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
 def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
                weights: dict[str, Quantization]) -> Shard:
     """Lay out an output shard in the order in which safetensors.torch.save_file would."""
-    steps = []
+    steps, path = [], Path(name)
     for tensor in tensors:
-        quantization, output = weights.get(tensor.name), tensor._replace(path=Path(name))
+        quantization, output = weights.get(tensor.name), tensor._replace(path=path)
         if quantization:
-            output = Tensor(quantization.output, "BF16", quantization.shape, Path(name), 0,
+            output = Tensor(quantization.output, "BF16", quantization.shape, path, 0,
                             2 * math.prod(quantization.shape))
         steps.append(Step(output, tensor, quantization))
     steps.sort(key=lambda step: (DTYPE_ORDER.index(step.output.dtype), step.output.name))
