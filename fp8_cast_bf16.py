@@ -98,7 +98,21 @@ def printable(text: str) -> str:
 
 
 def say(text: str, file=None) -> None:
-    print(printable(text), file=file, flush=True)
+    try:
+        print(printable(text), file=file, flush=True)
+    except BrokenPipeError:  # The reader has gone, as `head` does; the work goes on.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
+
+
+def read_bytes(path: Path, start: int = 0, count: int = -1) -> bytes:
+    """Return bytes of a file. Raises OSError if it has none yet, as some network file systems."""
+    with naming(path), open(path, "rb") as file:
+        if start:
+            file.seek(start)
+        data = file.read(count)
+    if data is None:
+        raise BlockingIOError(errno.EAGAIN, "the file system has no data yet", str(path))
+    return data
 
 
 def sized(count: int) -> str:
@@ -130,6 +144,7 @@ CONFIG_NAME, CONFIG_PATTERN = "config.json", "config*.json"
 PARAMS_NAME = "params.json"  # Mistral's own.
 NVIDIA_CONFIG_NAME, SIDECAR_NAME = "hf_quant_config.json", "quantization_config.json"
 TOOL_FOLDERS = {".git", ".cache", "lost+found"}
+ADAPTER = "adapter_model*"  # Of peft, beside the model's shards.
 OTHER_SETS = ["consolidated*", "original"]  # The same weights a second time, under other names.
 # Files that a download leaves beside a file until it is whole (aria2, browsers, curl, hub clients).
 UNFINISHED = [".aria2", ".part", ".crdownload", ".incomplete"]
@@ -208,7 +223,7 @@ def is_plain(path: Path, root: Path) -> bool:
 
 
 def is_like(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return any(fnmatch.fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns)
 
 
 def walk(value) -> Iterator[tuple[str, object]]:
@@ -238,6 +253,8 @@ def parse_json(path: Path, text: bytes) -> dict:
             raise ValueError(f"{text} is too large a number")
         return value
 
+    if text.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
     try:
         value = json.loads(text.decode(), object_pairs_hook=unique, parse_float=finite)
         if not isinstance(value, dict):
@@ -247,11 +264,13 @@ def parse_json(path: Path, text: bytes) -> dict:
     return value
 
 
-def read_json(path: Path) -> dict | None:
-    """Return the JSON object in a file, None where there is no such file."""
-    if not os.path.lexists(path):
+def read_json(path: Path, root: Path) -> dict | None:
+    """Return the JSON object in a file of a checkpoint, None where there is no such file."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):  # Nothing else means that it is not there.
         return None
-    if not is_plain(path, path.parent):
+    if not is_plain(path, root):
         where = "a link to nothing" if path.is_symlink() and not path.exists() else (
             "a link elsewhere, or a device")
         raise CheckpointError(f"{path}: is not a regular file of the checkpoint, but {where}; put "
@@ -259,7 +278,7 @@ def read_json(path: Path) -> dict | None:
     limit = HEADER_LIMIT if fnmatch.fnmatchcase(path.name, INDEX_PATTERN) else CONFIG_LIMIT
     if (size := path.stat().st_size) > limit:
         raise CheckpointError(f"{path}: has {size} bytes; expected at most {limit}")
-    return parse_json(path, path.read_bytes())
+    return parse_json(path, read_bytes(path))
 
 
 def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
@@ -268,12 +287,12 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the download is incomplete")
-    with naming(path), open(path, "rb") as file:
-        start, length = file.read(8), path.stat().st_size
-        size = int.from_bytes(start, "little")
-        if start.startswith(b"version "):
-            raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
-        text = file.read(size) if len(start) == 8 and size <= min(length - 8, HEADER_LIMIT) else b""
+    start, length = read_bytes(path, 0, 8), path.stat().st_size
+    size = int.from_bytes(start, "little")
+    if start == b"version ":
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
+    whole = len(start) == 8 and size <= min(length - 8, HEADER_LIMIT)
+    text = read_bytes(path, 8, size) if whole else b""
     try:
         if not text.startswith(b"{"):
             raise ValueError("it has no header of its size")
@@ -323,7 +342,10 @@ def find_shards(root: Path, index_name: str, index: dict | None) -> list[str]:
     if index is None:
         shards = sorted(path.name for path in root.glob("*.safetensors") if path.name[0] != ".")
         # Mistral's repositories hold the same weights a second time, under names of their own.
-        shards = [name for name in shards if not is_like(name, OTHER_SETS)] or shards
+        # An adapter belongs to no index: llama.cpp would take what that names for the model's.
+        shards = [name for name in shards if not is_like(name, [*OTHER_SETS, ADAPTER])] or shards
+        if strange := [name for name in shards if not name.isprintable()]:
+            raise CheckpointError(f"{root}: holds a shard called {strange[0]!r}; rename it")
     else:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -363,13 +385,24 @@ def check_whole(root: Path, shards: list[str]) -> None:
         names = (f"{start}-{number:0{width}}-of-{total}{rest}.safetensors"
                  for number in wanted)
         if missing := [name for name in names if not os.path.lexists(root / name)]:
-            raise CheckpointError(f"{root}: {len(missing)} of {int(total)} shards are missing, "
-                                  f"among them {', '.join(missing[:5])}; the download is "
+            raise CheckpointError(f"{root}: {len(missing)} of {counted(int(total), 'shard')} "
+                                  f"{'is' if len(missing) == 1 else 'are'} missing, among them "
+                                  f"{', '.join(missing[:5])}; the download is "
                                   "incomplete")
 
 
+def choose(rivals: list[Tensor], root: Path, weight_map: dict) -> Tensor:
+    """Return the one of several tensors of a name that the index means; raise if it means none."""
+    meant = root / str(weight_map.get(rivals[0].name))
+    for tensor in rivals:
+        if tensor.path == meant:
+            return tensor
+    raise rivals[1].error(f"stands in {rivals[0].path.name} too and no index says which counts; "
+                          "remove the file that is not part of the checkpoint")
+
+
 def load_checkpoint(root: Path, planned: list[str] | None = None,
-                    copied: Iterable[str] = ()) -> Checkpoint:
+                    copied: Iterable[str] = (), top: Path | None = None) -> Checkpoint:
     """Read the index, the configs and all headers of a checkpoint, and check that they agree.
 
     The headers are authoritative. The index decides which shards belong to the checkpoint and, if
@@ -381,12 +414,17 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
     names = [index_name, PARAMS_NAME, NVIDIA_CONFIG_NAME]
     names += sorted(path.name for path in root.glob(CONFIG_PATTERN))
     names += [SIDECAR_NAME] if is_plain(root / SIDECAR_NAME, root) else []
-    files = {name: value for name in names if (value := read_json(root / name)) is not None}
+    files = {name: value for name in names
+             if (value := read_json(root / name, top or root)) is not None}
     index = files.get(index_name)
     shards, holders = {}, {}
     if planned is None:
         names = find_shards(root, index_name, index)
-        check_whole(root, names)
+        series = {(found[1], found[4]) for name in names if (found := NUMBERED.fullmatch(name))}
+        if index is None and len(series) == 1:
+            index_name = "{}.safetensors.index{}.json".format(*series.pop())
+        check_whole(top or root, [
+            (root.relative_to(top or root) / name).as_posix() for name in names])
     else:
         names = {path.name for path in root.glob("*.safetensors") if path.name[0] != "."}
         names = sorted(names - {Path(name).name for name in copied}
@@ -397,15 +435,8 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
             holders.setdefault(tensor.name, []).append(tensor)
     weight_map = (index or {}).get("weight_map")
     weight_map = weight_map if isinstance(weight_map, dict) else {}  # find_shards refuses an input.
-    tensors = {}
-    for name, rivals in holders.items():
-        if len(rivals) > 1:
-            meant = root / str(weight_map.get(name))
-            rivals = [tensor for tensor in rivals if tensor.path == meant] or rivals
-        if len(rivals) > 1:
-            raise rivals[1].error(f"stands in {rivals[0].path.name} too and no index says which "
-                                  "counts; remove the file that is not part of the checkpoint")
-        tensors[name] = rivals[0]
+    tensors = {name: rivals[0] if len(rivals) == 1 else choose(rivals, root, weight_map)
+               for name, rivals in holders.items()}
     for name, shard in weight_map.items():
         if name not in tensors and planned is None:
             raise CheckpointError(f"{root / shard}: {name} is not there; {index_name} names it")
@@ -419,11 +450,17 @@ class Part(NamedTuple):
     checkpoint: Checkpoint
 
 
+def skip_unreadable(error: OSError) -> None:
+    """Let os.walk skip a folder that may not be read, and only such."""
+    if not isinstance(error, PermissionError):
+        raise error
+
+
 def find_checkpoints(root: Path) -> tuple[list[Part], list[str]]:
     """Return the checkpoints in a folder and below it, its own first, and what is no part of them.
 
-    A draft model, an adapter's base or the parts of a pipeline stand in folders of their own; each
-    that holds shards is a checkpoint. Other sets of the root's weights are left out.
+    A draft model or the parts of a pipeline stand in folders of their own; each that holds shards
+    is a checkpoint. What is named as another set of the same weights is left out.
     """
     if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
         hint = "give the checkpoint's"
@@ -433,7 +470,7 @@ def find_checkpoints(root: Path) -> tuple[list[Part], list[str]]:
     if root.name.startswith("models--") and (root / "snapshots").is_dir():
         raise CheckpointError(f"{root}: is the cache of a repository; give its snapshots/HASH")
     parts, others, taken = [], [], set()
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=skip_unreadable):
         folders[:] = sorted(name for name in folders if name not in TOOL_FOLDERS)
         place = Path(folder).relative_to(root)
         if is_like(place.name, OTHER_SETS):
@@ -443,18 +480,13 @@ def find_checkpoints(root: Path) -> tuple[list[Part], list[str]]:
         shards = {str(place / name) for name in names if name[0] != "."
                   and (name.endswith(".safetensors") or fnmatch.fnmatchcase(name, INDEX_PATTERN))}
         if place != Path() and (not shards or shards & taken):
-            if beside := sorted(shards - taken):
-                raise CheckpointError(f"{root / beside[0]}: stands among shards of an index that "
-                                      f"does not name it; move it out of {root}")
-            continue
-        checkpoint = load_checkpoint(root / place)
+            continue  # What an index does not name there is judged with what stands beside shards.
+        try:
+            checkpoint = load_checkpoint(root / place, top=root)
+        except CheckpointError as error:
+            inside = f"; or move {place} out of {root}" if place != Path() else ""
+            raise CheckpointError(f"{error}{inside}") from error
         taken |= {str(place / name) for name in checkpoint.shards}
-        if parts and place != Path():
-            names = parts[0].checkpoint.tensors.keys()
-            if names and 2 * len(names & checkpoint.tensors.keys()) >= len(names):
-                others.append(place.as_posix())
-                folders.clear()
-                continue
         parts.append(Part(place, checkpoint))
     if not any(part.checkpoint.shards for part in parts):
         raise CheckpointError(f"{root}: holds no *.safetensors; give the checkpoint's folder")
@@ -769,9 +801,7 @@ def read_int4_groups(sections: list) -> tuple[int, ...]:
 def read_small(tensor: Tensor) -> bytes:
     if tensor.size > SMALL_LIMIT:
         raise tensor.error(f"has {tensor.size} bytes; expected at most {SMALL_LIMIT}")
-    with naming(tensor.path), open(tensor.path, "rb") as file:
-        file.seek(tensor.start)
-        return file.read(tensor.size)
+    return read_bytes(tensor.path, tensor.start, tensor.size)
 
 
 def read_integers(tensor: Tensor) -> list[int]:
@@ -1325,8 +1355,9 @@ class Plan:
         return (step for shard in self.shards for step in shard.steps)
 
     @property
-    def missing(self) -> list[Tensor]:
-        return [tensor for part in self.parts for tensor in part.reading.missing]
+    def missing(self) -> list[str]:
+        return [(part.folder / tensor.name).as_posix() if part.folder != Path() else tensor.name
+                for part in self.parts for tensor in part.reading.missing]
 
 
 def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
@@ -1336,8 +1367,10 @@ def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
     scale 1, or raise an "error". Raises CheckpointError where the rules do not decide.
     """
     parts, others = find_checkpoints(root)
-    planned = []
+    planned, whole = [], set()  # whole: all that the folder itself gives
     for folder, checkpoint in parts:
+        if any(folder.is_relative_to(other) for other in others):
+            continue
         try:
             reading = read_formats(checkpoint)
         except CheckpointError as error:
@@ -1356,7 +1389,12 @@ def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
         shards = [plan_shard((folder / name).as_posix(), checkpoint.shards[name], members,
                              reading.weights | casts)
                   for name, members in kept.items() if members]
-        planned.append(PlannedPart(folder, checkpoint, reading, shards))
+        found = {(step.output.name, step.output.shape) for shard in shards for step in shard.steps}
+        whole = whole if planned else found
+        if planned and whole and 10 * len(whole - found) <= len(whole):
+            others.append(folder.as_posix())  # the same weights in another format
+        else:
+            planned.append(PlannedPart(folder, checkpoint, reading, shards))
     if not any(part.shards for part in planned):
         raise CheckpointError(f"{root}: holds no tensors; give the checkpoint's folder")
     return Plan(root, planned, others)
@@ -1553,9 +1591,6 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
     try:
         for future in as_completed(start_threads(executor, loop, pool)):
             future.result()
-    except KeyboardInterrupt:
-        say("stopping; the same command continues", sys.stderr)
-        raise
     finally:
         stopped.set()
         executor.shutdown()
@@ -1656,6 +1691,7 @@ def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
 
 WINDOW = 16 << 20
 TEMPORARY_SUFFIX = ".tmp"
+OWN_TEMPORARY = re.compile(r"(.*\.)?([0-9a-f]{16}|fp8_cast_bf16|[0-9a-f]{64})\.tmp", re.DOTALL)
 NAME_LIMIT = 255  # Bytes, on most file systems.
 DIRECT = getattr(os, "O_DIRECT", 0)
 NOT_DIRECT = {errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP}  # File systems refuse it with these.
@@ -1663,12 +1699,20 @@ NOT_SYNCED = {*NOT_DIRECT, errno.ENOSYS}  # FUSE and some NFS refuse to sync a f
 READING_VERSION = 2  # Raise it when the same tensors and row give new values.
 
 
-def temporary(path: Path, fingerprint: str = "") -> Path:
+def temporary(path: Path, fingerprint: str = FINGERPRINT_KEY) -> Path:
     """Return the name under which a file is written until it is whole."""
-    name = f"{path.name}.{fingerprint}" if fingerprint else path.name
+    name = f"{path.name}.{fingerprint}"
     if len(os.fsencode(name)) > NAME_LIMIT - len(TEMPORARY_SUFFIX):
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return path.with_name(name + TEMPORARY_SUFFIX)
+
+
+def find_temporary(root: Path, shards: Iterable[Shard]) -> list[Path]:
+    """Return the unfinished files in the folders of an output that this program has left there."""
+    folders = {root, *((root / shard.name).parent for shard in shards)}
+    return [path for folder in sorted(folders)
+            for path in sorted(folder.glob(f"*{TEMPORARY_SUFFIX}"))
+            if OWN_TEMPORARY.fullmatch(path.name)]
 
 
 def direct_flag(root: Path) -> int:
@@ -1678,7 +1722,7 @@ def direct_flag(root: Path) -> int:
     larger than the cache. Where they are refused (tmpfs, some network file systems), plain writes
     take their place.
     """
-    probe = temporary(root / f"fp8_cast_bf16{os.getpid()}")
+    probe = temporary(root / f"probe{os.getpid()}")
     try:
         with naming(probe), open_raw(probe, "r+b", DIRECT | os.O_CREAT) as file:
             file.write(as_bytes(page_aligned(PAGE, False)))
@@ -1747,15 +1791,16 @@ def is_done(shard: Shard, root: Path, worker: Worker) -> bool:
     path = root / shard.name
     if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.size:
         return False
-    with naming(path), open(path, "rb") as file:
-        return file.read(len(shard.header)) == shard.sealed(fingerprint_of(shard, worker))
+    header = shard.sealed(fingerprint_of(shard, worker))
+    return read_bytes(path, 0, len(header)) == header
 
 
 class Output:
     """A shard being written, in windows that come in any order."""
 
     def __init__(self, shard: Shard, root: Path, direct: int):
-        self.shard, self.direct, self.final = shard, direct, root / shard.name
+        self.shard, self.direct, self.root = shard, direct, root
+        self.final = root / shard.name
         self.name, self.path, self.header = shard.name, None, b""
         self.lock, self.left = threading.Lock(), ceil_div(shard.size, WINDOW)
 
@@ -1781,7 +1826,9 @@ class Output:
                   open_raw(self.path, "r+b", direct) as file):
                 file.seek(start)
                 while view:
-                    view = view[file.write(view) :]
+                    if (size := file.write(view)) is None:
+                        raise BlockingIOError(errno.EAGAIN, "the file system takes no data now")
+                    view = view[size:]
             with self.lock:
                 self.left -= 1
                 whole = not self.left
@@ -1790,7 +1837,7 @@ class Output:
                     sync(self.path)
                 os.replace(self.path, self.final)
         except FileNotFoundError:  # Another job with the same input has given it its name?
-            if not is_done(self.shard, self.final.parent, worker):
+            if not is_done(self.shard, self.root, worker):
                 raise
         return stop - start
 
@@ -1813,7 +1860,8 @@ def write_shards(shards: list[Shard], root: Path, pool: list[Worker], quiet: boo
     finally:
         for output in outputs if not quiet else ():  # Another job may be writing a rank's files.
             output.discard()
-    sync(root)
+    for folder in {root, *(output.final.parent for output in outputs)}:
+        sync(folder)
 
 
 # --- check: whether values are plausible, and whether an output is right ---
@@ -1925,9 +1973,59 @@ def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
         lines, same = compare_headers(part, out, side)
         found.lines.extend(lines if ranks.rank == 0 else [])
         steps += [task for task in same if task[0].name in mine]
-    for name in sorted(mine):
+        right = {step.output.name for _, step, _ in same}
+        found.damaged.extend(shard.name for shard in part.shards
+                             if shard.name in mine and (out / shard.name).exists()
+                             and any(step.output.name not in right for step in shard.steps))
+    for name in sorted(mine - {*found.damaged}):
         check_loadable(out / name)
-    first, lock = {}, threading.Lock()  # The first difference of each tensor.
+    first = compare_values(steps, out, workers, ranks.rank > 0)
+    for (shard, tensor), (element, value, wanted) in sorted(first.items()):
+        place = torch.unravel_index(torch.tensor(element), tensor.shape)
+        found.lines.append(f"{shard}: {tensor.name}: element {[at.item() for at in place]} is "
+                           f"{value}, expected {wanted}")
+        found.damaged.extend([shard] * (shard not in found.damaged))
+    if found.damaged:  # Beside no shard of ours, what differs would be taken for somebody else's.
+        found.damaged.extend(name for name, text in side.texts.items() if (out / name).is_file()
+                             and (out / name).read_bytes() != text.encode())
+    return found
+
+
+def compare_headers(part: PlannedPart, out: Path,
+                    side: SideFiles) -> tuple[list[str], list[tuple[Shard, Step, Tensor]]]:
+    """Return what differs in names, dtypes, shapes and texts of a folder, and the planned tensors
+    that do not, each with its shard and what is there.
+    """
+    names = [Path(shard.name).relative_to(part.folder).as_posix() for shard in part.shards]
+    folder, broken, lines = out / part.folder, [], []
+    others = [name for name in side.copied if Path(name).parent == part.folder]
+    for name in [name for name in names if os.path.lexists(folder / name)]:
+        try:
+            read_header(folder / name)
+        except CheckpointError as error:
+            broken.append(name)
+            lines.append(str(error).replace(f"{folder}/", "").replace("; download it again", ""))
+    try:
+        result = load_checkpoint(folder, [name for name in names if name not in broken],
+                                 [*others, *broken])
+    except CheckpointError as error:
+        remedy = "delete it and run the same command without --verify"
+        raise CheckpointError(str(error).replace("download it again", remedy)) from error
+    got = {name: f"{tensor.dtype} {[*tensor.shape]}" for name, tensor in result.tensors.items()}
+    steps = [(shard, step) for shard in part.shards for step in shard.steps]
+    expected = {step.output.name: f"{step.output.dtype} {[*step.output.shape]}"
+                for _, step in steps}
+    where = "" if part.folder == Path() else f"{part.folder.as_posix()}/"
+    lines += [*differences(got, expected), *differing_texts(result, part, side, where)]
+    same = [(shard, step, result.tensors[name]) for shard, step in steps
+            if got.get(name := step.output.name) == expected[name]]
+    return [where + line for line in lines], same
+
+
+def compare_values(steps: list[tuple[Shard, Step, Tensor]], out: Path, workers: int,
+                   quiet: bool) -> dict[tuple[str, Tensor], tuple[int, str, str]]:
+    """Return the first difference in each tensor of an output that has any, by its shard and it."""
+    first, lock = {}, threading.Lock()
 
     def compare(worker: Worker, shard: Shard, step: Step, tensor: Tensor, *piece: int) -> int:
         if difference := compare_piece(step, tensor, *piece, worker):
@@ -1940,31 +2038,8 @@ def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
         0, math.prod(task[1].output.shape), cols_of(task[1]), REFERENCE_PIECE))
     size = sum(step.output.size for _, step, _ in steps)
     pool = [Worker() for _ in range(workers)]
-    run_workers("verifying", pool, tasks, compare, size, ranks.rank > 0)
-    for (shard, tensor), (element, value, wanted) in sorted(first.items()):
-        place = torch.unravel_index(torch.tensor(element), tensor.shape)
-        found.lines.append(f"{shard}: {tensor.name}: element {[at.item() for at in place]} is "
-                           f"{value}, expected {wanted}")
-        found.damaged.extend([shard] * (shard not in found.damaged))
-    return found
-
-
-def compare_headers(part: PlannedPart, out: Path,
-                    side: SideFiles) -> tuple[list[str], list[tuple[Shard, Step, Tensor]]]:
-    """Return what differs in names, dtypes, shapes and texts of a folder, and the planned tensors
-    that do not, each with its shard and what is there.
-    """
-    names = [Path(shard.name).relative_to(part.folder).as_posix() for shard in part.shards]
-    result = load_checkpoint(out / part.folder, names, side.copied)
-    got = {name: f"{tensor.dtype} {[*tensor.shape]}" for name, tensor in result.tensors.items()}
-    steps = [(shard, step) for shard in part.shards for step in shard.steps]
-    expected = {step.output.name: f"{step.output.dtype} {[*step.output.shape]}"
-                for _, step in steps}
-    where = "" if part.folder == Path() else f"{part.folder.as_posix()}/"
-    lines = [*differences(got, expected), *differing_texts(result, part, side, where)]
-    same = [(shard, step, result.tensors[name]) for shard, step in steps
-            if got.get(name := step.output.name) == expected[name]]
-    return [where + line for line in lines], same
+    run_workers("verifying", pool, tasks, compare, size, quiet)
+    return first
 
 
 def check_loadable(path: Path) -> None:
@@ -2072,7 +2147,9 @@ def differing_texts(result: Checkpoint, part: PlannedPart, side: SideFiles,
     planned = {text.removeprefix(where): side.texts[text] for text in side.texts
                if Path(text).parent == part.folder}
     index_name = result.index_name
-    for name in dict.fromkeys([*planned, *result.files]):
+    others = [name for name in result.files if not fnmatch.fnmatchcase(name, CONFIG_PATTERN)
+              or name == CONFIG_NAME]
+    for name in dict.fromkeys([*planned, *others]):
         if name not in result.files:
             yield f"{name} is missing"
         elif name != index_name:
@@ -2106,15 +2183,18 @@ def flattened(value, place: str = "") -> dict[str, str]:
 # --- publish: the files beside the shards; config and index last, which say that all is there ---
 
 # Files that only a quantized checkpoint needs; a loader would take the output for quantized.
-QUANTIZATION_FILES = [NVIDIA_CONFIG_NAME, SIDECAR_NAME, "quant_cfg.json",
+QUANTIZATION_FILES = [NVIDIA_CONFIG_NAME, SIDECAR_NAME, "quant_cfg.json", "quant_config.json",
+                      "quantize_config.json",
                       "quanto_qmap.json", "quant_model_description*.json"]
 # Not copied: weights in other formats or of another set, states of training, and what editors,
 # downloads and crashes leave.
 UNWANTED = ["*.safetensors", INDEX_PATTERN, "pytorch_model*", "*.pth", "*.pt", "*.bin", "*.ckpt",
             "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "global_step*", "core", "core.[0-9]*", "*~",
-            "*.tmp", ".*.sw?", *OTHER_SETS, *(f"*{ending}" for ending in UNFINISHED)]
+            "*.tmp", ".*.sw?", "#*#", ".#*", ".*.safetensors.??????",
+            ".*.json.??????", *OTHER_SETS, *(f"*{ending}" for ending in UNFINISHED)]
 IGNORED = ["._*", ".DS_Store"]  # macOS leaves these everywhere.
 RANKS_NAME = "fp8_cast_bf16.ranks"  # Holds the digest of the plan while ranks work.
+SIGNS = [CONFIG_NAME, PARAMS_NAME, INDEX_NAME, RANKS_NAME, *QUANTIZATION_FILES]  # of another state
 
 
 @dataclass(frozen=True)
@@ -2138,32 +2218,49 @@ def find_side_files(plan: Plan) -> SideFiles:
         known |= {(part.folder / name).as_posix() for name in part.checkpoint.shards}
         known |= {(part.folder / path.name).as_posix() for pattern in QUANTIZATION_FILES
                   for path in part.checkpoint.root.glob(pattern)}
-    for folder, folders, names in os.walk(plan.root, onerror=lambda error: left_out.append(
-            Path(error.filename).relative_to(plan.root).as_posix())):
+
+    def skip(error: OSError) -> None:
+        skip_unreadable(error)
+        left_out.append(Path(error.filename).relative_to(plan.root).as_posix())
+
+    for folder, folders, names in os.walk(plan.root, onerror=skip):
+        left_out += [Path(folder, name).relative_to(plan.root).as_posix() for name in folders
+                     if name == "lost+found"]
         folders[:] = sorted({*folders} - TOOL_FOLDERS)
         for name in sorted(names + folders):
             path = Path(folder, name)
             relative = path.relative_to(plan.root).as_posix()
             if name in folders:
-                if is_like(name, UNWANTED) or path.is_symlink() or relative in [*known, *left_out]:
+                unwanted = is_like(name, UNWANTED) and name != "core"
+                if unwanted or path.is_symlink() or relative in [*known, *left_out]:
                     folders.remove(name)
-                    left_out.extend([relative] * (relative not in left_out))
-            elif relative in known or is_like(name, IGNORED):
-                continue
-            elif path.is_symlink() and not is_plain(path, plan.root):
-                raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, "
-                                      f"{'outside' if path.exists() else 'not there, or outside'} "
-                                      "of the checkpoint; put the file itself there (cp -L)")
-            elif is_like(name, UNWANTED) and not is_adapter(path, plan):
+                    if relative not in left_out:
+                        left_out.append(relative)
+            elif relative not in known and not is_like(name, IGNORED):
                 size = f" ({sized(path.stat().st_size)})" if path.is_file() else ""
-                left_out.append(relative + size)
-            elif not path.is_file():
-                left_out.append(relative)
-            elif not os.access(path, os.R_OK):
-                raise CheckpointError(f"{path}: is not readable; it would be missing in the output")
-            else:
-                copied.append(relative)
+                if belongs(path, plan):
+                    copied.append(relative)
+                else:
+                    left_out.append(relative + size * is_like(name, UNWANTED))
     return SideFiles(copied, left_out, texts)
+
+
+def belongs(path: Path, plan: Plan) -> bool:
+    """Return whether a file beside the shards is to be copied.
+
+    Raises CheckpointError for one that would be missing in the output without a word.
+    """
+    if path.is_symlink() and not is_plain(path, plan.root) and not path.name.startswith(".#"):
+        raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, "
+                              f"{'outside' if path.exists() else 'not there, or outside'} of the "
+                              "checkpoint; put the file itself there (cp -L)")
+    if not path.is_file() or (is_like(path.name, UNWANTED) and not is_adapter(path, plan)):
+        return False
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: is not readable; it would be missing in the output")
+    if read_bytes(path, 0, 23) == b"version https://git-lfs":
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
+    return True
 
 
 def is_adapter(path: Path, plan: Plan) -> bool:
@@ -2171,9 +2268,11 @@ def is_adapter(path: Path, plan: Plan) -> bool:
 
     Raises CheckpointError if it repeats one of their tensors or holds quantized ones.
     """
-    beside = [part for part in plan.parts if plan.root / part.folder == path.parent]
-    if path.suffix != ".safetensors" or is_like(path.name, OTHER_SETS) or not beside:
+    beside = [part for part in plan.parts if plan.root / part.folder == path.parent
+              or any((plan.root / shard.name).parent == path.parent for shard in part.shards)]
+    if path.suffix.lower() != ".safetensors" or is_like(path.name, OTHER_SETS) or not beside:
         return False
+    check_whole(plan.root, [path.relative_to(plan.root).as_posix()])
     metadata, members = read_header(path)
     tensors = {tensor.name: tensor for tensor in members}
     reading = read_formats(replace(beside[0].checkpoint, shards={path.name: metadata},
@@ -2186,13 +2285,14 @@ def is_adapter(path: Path, plan: Plan) -> bool:
     return True
 
 
-def bf16_config(value):
-    """Return a config, or a part of one, that describes plain BF16 weights."""
+def bf16_config(value, dtype_keys: list[str] = DTYPE_KEYS):
+    """Return a config, or a part of one, that describes plain weights, BF16 by these keys."""
     if isinstance(value, list):
-        return [bf16_config(item) for item in value]
+        return [bf16_config(item, dtype_keys) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: "bfloat16" if key in DTYPE_KEYS and isinstance(item, str) else bf16_config(item)
+    return {key: "bfloat16" if key in dtype_keys and isinstance(item, str)
+            else bf16_config(item, dtype_keys)
             for key, item in value.items() if key not in QUANTIZATION_KEYS}
 
 
@@ -2203,7 +2303,7 @@ def bf16_texts(part: PlannedPart) -> dict[str, str]:
     """
     checkpoint, values = part.checkpoint, {}
     outputs = [step.output for shard in part.shards for step in shard.steps]
-    index = checkpoint.files.get(checkpoint.index_name, {} if len(part.shards) > 1 else None)
+    index = checkpoint.files.get(checkpoint.index_name, {} if len(checkpoint.shards) > 1 else None)
     if index is not None:
         meta = index.get("metadata")
         paths = {output.name: output.path.relative_to(part.folder).as_posix() for output in outputs}
@@ -2214,13 +2314,17 @@ def bf16_texts(part: PlannedPart) -> dict[str, str]:
     if PARAMS_NAME in checkpoint.files:
         values[PARAMS_NAME] = {key: value for key, value in checkpoint.files[PARAMS_NAME].items()
                                if key not in ["quantization", *QUANTIZATION_KEYS]}
+    plain = checkpoint.tensors and not part.reading.weights and not part.reading.missing
     configs = fnmatch.filter(checkpoint.files, CONFIG_PATTERN)
     for name in sorted(configs, key=lambda name: (name == CONFIG_NAME, name)):
         try:
-            values[name] = config = bf16_config(checkpoint.files[name])
+            # Plain weights stay as they are, and so does the dtype that they are loaded in.
+            quantized = {key for key, _ in walk(checkpoint.files[name])} & {*QUANTIZATION_KEYS}
+            dtype_keys = DTYPE_KEYS if quantized or not plain else []
+            values[name] = config = bf16_config(checkpoint.files[name], dtype_keys)
         except RecursionError as error:
             raise CheckpointError(f"{checkpoint.root / name}: nested too deep") from error
-        empty = [key for key in DTYPE_KEYS if key in config and config[key] is None]
+        empty = [key for key in dtype_keys if key in config and config[key] is None]
         config |= dict.fromkeys(empty[:1], "bfloat16")
     return {(part.folder / name).as_posix(): json.dumps(value, indent=2) + "\n"
             for name, value in values.items()}
@@ -2250,17 +2354,17 @@ class OutputState:
 def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> OutputState:
     """Look at an output folder. Raises CheckpointError where the output cannot be made there."""
     shards, stale = {shard.name: shard for shard in plan.shards}, []
-    patterns = [CONFIG_NAME, PARAMS_NAME, INDEX_NAME, RANKS_NAME, *QUANTIZATION_FILES,
-                f"*{TEMPORARY_SUFFIX}"]
-    folders = {(out / name).parent for name in [*shards, *side.texts, *side.copied]}
-    for folder in sorted(folders):
-        foreign = [path.name for path in sorted(folder.glob("*.safetensors")) if path.name[0] != "."
-                   and path.relative_to(out).as_posix() not in {*shards, *side.copied}]
-        if foreign:
-            raise CheckpointError(f"{folder}: holds {', '.join(foreign)}, which this checkpoint "
-                                  "does not have; give another folder")
-        stale += [path for pattern in patterns for path in sorted(folder.glob(pattern))
+    foreign = [name for path in sorted(out.rglob("*.safetensors")) if path.name[0] != "."
+               and (name := path.relative_to(out).as_posix()) not in {*shards, *side.copied}]
+    if foreign:
+        raise CheckpointError(f"{out}: holds {', '.join(foreign)}, which this checkpoint does not "
+                              "have; give another folder")
+    for folder in sorted({(out / name).parent for name in [*shards, *side.texts]} | {out}):
+        stale += [path for pattern in SIGNS for path in sorted(folder.glob(pattern))
                   if path.relative_to(out).as_posix() not in {*side.texts, *side.copied}]
+    unfinished = find_temporary(out, plan.shards)
+    unfinished += [path for name in [*side.copied, *side.texts]
+                   if (path := temporary(out / name)).exists() and path not in unfinished]
     there = [name for name in sorted(shards) if os.path.lexists(out / name)]
     done = find_done([shards[name] for name in there], out, workers)
     files = [name for name, text in side.texts.items()
@@ -2268,8 +2372,7 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
     files += [name for name in side.copied if not (out / name).is_file()
               or not filecmp.cmp(plan.root / name, out / name, shallow=False)]
     edited = [name for name in files if os.path.lexists(out / name) and not (out / name).is_dir()]
-    theirs = edited + [path.name for path in stale if path.is_file()
-                       and path.suffix not in (TEMPORARY_SUFFIX, Path(RANKS_NAME).suffix)]
+    theirs = edited + [path.name for path in stale if path.is_file() and path.name != RANKS_NAME]
     if theirs and not there:
         raise CheckpointError(f"{out}: holds {', '.join(theirs)}, which this program has not "
                               "written; give another folder")
@@ -2277,8 +2380,9 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
     sizes = [shard.size for shard in plan.shards if shard.name not in done]
     sizes += [len(side.texts[name]) if name in side.texts else (plan.root / name).stat().st_size
               for name in files]
+    stale += unfinished
     freed, usage = 0, shutil.disk_usage(existing(out))
-    for path in [*stale, *(out / name for name in replaced)]:
+    for path in [*stale, *(out / name for name in edited)]:  # Shards stay until others are whole.
         with suppress(FileNotFoundError):  # Another rank may have given it its name.
             freed += getattr(path.lstat(), "st_blocks", 0) * 512
     state = OutputState(done, replaced, files, [*dict.fromkeys(stale)],
@@ -2313,9 +2417,8 @@ def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
 
 def is_ours(path: Path) -> bool:
     """Return whether a file carries a fingerprint."""
-    with naming(path), open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return f'"{FINGERPRINT_KEY}":"'.encode() in file.read(min(size, HEADER_LIMIT))
+    size = int.from_bytes(read_bytes(path, 0, 8), "little")
+    return f'"{FINGERPRINT_KEY}":"'.encode() in read_bytes(path, 8, min(size, HEADER_LIMIT))
 
 
 def existing(folder: Path) -> Path:
@@ -2361,7 +2464,8 @@ def locked(folder: Path):
 def write_whole(path: Path, content: str | Path) -> None:
     """Replace a file atomically by a text or by the content of another file."""
     try:
-        with naming(path), open(temporary(path), "wb") as file:
+        temporary(path).unlink(missing_ok=True)
+        with naming(path), open(temporary(path), "xb") as file:
             if isinstance(content, Path):
                 with naming(content), open(content, "rb") as original:
                     shutil.copyfileobj(original, file)
@@ -2389,6 +2493,7 @@ def publish(root: Path, out: Path, side: SideFiles) -> None:
         sync(folder)
     for name, text in side.texts.items():
         write_whole(out / name, text)
+        sync((out / name).parent)
     sync(out)
 
 
@@ -2466,7 +2571,7 @@ def await_shards(shards: list[Shard], out: Path) -> None:
     def look() -> list:
         left[:] = [shard for shard in left if not is_done(shard, out, worker)]
         times = []
-        for path in out.rglob(f"*{TEMPORARY_SUFFIX}"):
+        for path in find_temporary(out, shards):
             with suppress(FileNotFoundError):
                 times.append((path.name, path.stat().st_mtime_ns))
         return [len(left), times]
@@ -2483,7 +2588,7 @@ def await_shards(shards: list[Shard], out: Path) -> None:
 # --- command line ---
 
 MESSAGE_LIMIT = 2000  # Characters: a tensor's name may be as long as a book.
-LINES_LIMIT = 15  # Differences that are printed.
+LINES_LIMIT = 12  # Differences that are printed.
 
 
 def formats_table() -> str:
@@ -2510,8 +2615,6 @@ def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
 
     Ranks on one machine share out its GPUs, unless the argument has a number.
     """
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,4})?", name):
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu":
         return torch.device("cpu"), "as asked"
@@ -2553,6 +2656,8 @@ class Options:
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
+        if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,4})?", str(self.device)):
+            raise UsageError(f"--device {self.device}: expected auto, cpu, cuda or cuda:N")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"--workers {self.workers}: expected a positive number")
         if self.missing_scale not in MISSING_SCALE:
@@ -2635,11 +2740,13 @@ def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
     steps = [*plan.steps]
     tensors = [tensor for part in plan.parts for tensor in part.checkpoint.tensors.values()]
     kinds = Counter(kind_of(step) for step in steps if step.quantization)
-    missing = {kind: [tensor.name for tensor in plan.missing] if kind == options.missing_scale
+    missing = {kind: plan.missing if kind == options.missing_scale
                else [] for kind in MISSING_SCALE}
     warnings = [f"{part.checkpoint.root}: has no {CONFIG_NAME}, so nothing can load the output"
                  for part in plan.parts if not {CONFIG_NAME, PARAMS_NAME} & {*part.checkpoint.files}
                  and any(Path(shard.name).name.startswith("model") for shard in part.shards)]
+    unfinished = [*(plan.root / ".cache/huggingface/download").rglob("*.incomplete")][:1]
+    warnings += [f"{plan.root}: a download is not finished, as {mark} tells" for mark in unfinished]
     report = Report(
         options,
         {"shards": sum(len(part.checkpoint.shards) for part in plan.parts),
@@ -2694,8 +2801,8 @@ def tell_state(state: OutputState, plan: Plan, options: Options, record: Report)
         say(f"Input files newer than their output: {', '.join(sorted(newer))}; run --verify to be "
             "sure")
     free = "an unknown number of bytes" if state.free is None else sized(state.free)
-    say(f"Space: {sized(state.needed)} to write, {free} free; memory: {options.workers} workers, "
-        f"at most {sized(2 * WINDOW)} each")
+    say(f"Space: {sized(state.needed)} to write, {free} free; memory: "
+        f"{counted(options.workers, 'worker')}, at most {sized(2 * WINDOW)} each")
     if state.free is not None and state.needed > state.free:
         raise CheckpointError(f"{out}: not enough space: {sized(state.needed - state.free)} short; "
                               "free some or give another output")
@@ -2725,7 +2832,7 @@ def make_output(plan: Plan, side: SideFiles, options: Options, record: Report) -
             write_shards(todo, out, pool, ranks.rank > 0)
         if ranks.rank == 0:
             await_shards([shard for shard in plan.shards if shard not in mine], out)
-            for path in out.rglob(f"*{TEMPORARY_SUFFIX}"):
+            for path in find_temporary(out, plan.shards):
                 path.unlink(missing_ok=True)
             if record.status != "complete":
                 publish(plan.root, out, side)
@@ -2786,7 +2893,7 @@ def tell_converted(record: Report, ranks: Ranks) -> None:
         say("Nothing to do: the output is complete")
     else:
         seconds["writing"] += seconds["syncing"]
-        already = f" ({there} were there already)" if there else ""
+        already = f" ({there} {'was' if there == 1 else 'were'} there already)" if there else ""
         limit = max(PHASES[:3], key=lambda phase: seconds[phase])
         say(f"Converted {counted(out['shards'], 'shard')}{already}, "
             f"{counted(out['tensors'], 'tensor')}: {sum(record.dequantized.values()):,} "
@@ -2808,9 +2915,8 @@ def tell_verified(record: Report, options: Options) -> None:
         say(f"... and {len(lines) - LINES_LIMIT:,} more; --report FILE has them all")
     if lines:
         remedy = "run the same command without --verify"
-        if damaged := record.damaged_shards:
-            more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
-            remedy = f"delete {', '.join(damaged[:5])}{more} and {remedy}"
+        if record.damaged_shards:
+            remedy = f"delete {', '.join(record.damaged_shards)} and {remedy}"
         raise CheckpointError(f"{options.output}: differs from what the input gives in "
                               f"{counted(len(lines), 'place')}; {remedy}")
     size, seconds = record.input["bytes"] + record.output["bytes"], record.seconds["total"]
@@ -2819,8 +2925,19 @@ def tell_verified(record: Report, options: Options) -> None:
             f"{sized(size)} read, {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
 
 
+def make_options(fp8_path, bf16_path, report=None, **options) -> Options:
+    """Return options of which the paths may be texts."""
+    if not (fp8_path and bf16_path):
+        raise UsageError("the path of the input or of the output is empty")
+    paths = [Path(path).expanduser() if path else None for path in (fp8_path, bf16_path, report)]
+    return Options(*paths[:2], report=paths[2], **options)
+
+
 def open_report(path: Path | None):
     """Open a report that is no regular file, such as a pipe, which must not be replaced by one."""
+    standard = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(str(path), str(path))
+    if found := re.fullmatch(r"/dev/fd/(\d{1,6})", standard):
+        return open(os.dup(int(found[1])), "w")
     return open(path, "w") if path and path.exists() and not path.is_file() else None
 
 
@@ -2834,7 +2951,7 @@ def resolved(options: Options) -> Options:
     if ranks.rank == 0:
         where = "Verifying on the CPU" if options.verify else f"Device: {device} ({why})"
         several = f", {ranks.count} ranks" if ranks.count > 1 else ""
-        say(f"{where}, {workers} workers{several}")
+        say(f"{where}, {counted(workers, 'worker')}{several}")
     return replace(options, device=str(device), workers=workers)
 
 
@@ -2847,8 +2964,7 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path |
     Until all is there, the output holds no index and no config.
     """
     began = time.perf_counter()
-    paths = [Path(path).expanduser() if path else None for path in (fp8_path, bf16_path, report)]
-    options = Options(*paths[:2], report=paths[2], **options)
+    options = make_options(fp8_path, bf16_path, report, **options)
     file = open_report(options.report)
     options, ranks = resolved(options), options.ranks
     plan = make_plan(options.input, options.missing_scale)
@@ -2884,8 +3000,7 @@ def main(fp8_path: str | Path, bf16_path: str | Path, **options) -> None:
 def cli(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status.
 
-    That is 0 if converted or verified, 1 if impossible or different, 2 for wrong usage, 130 or 143
-    if interrupted.
+    0: converted or verified; 1: impossible or different; 2: wrong usage; 128 + N: signal N came.
     """
     parser = argparse.ArgumentParser(
         description="Convert an FP8 checkpoint into a BF16 one.", epilog=formats_table(),
@@ -2905,6 +3020,7 @@ def cli(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     ranks = find_ranks()
     try:
+        make_options(**vars(options))
         if "torch" not in globals():
             if ranks.rank == 0:
                 say(f"fp8_cast_bf16 {VERSION}")
@@ -2916,8 +3032,8 @@ def cli(arguments: list[str] | None = None) -> int:
         say(f"error: {message_of(error)}", sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
+        what = "not everything was compared" if options.verify else "the output is not complete"
         if ranks.rank == 0:
-            what = "not everything was compared" if options.verify else "the output is not complete"
             say(f"interrupted: {what}", sys.stderr)
         return 128 + (interrupt.args or [signal.SIGINT])[0]
     return 0
@@ -2930,28 +3046,34 @@ def message_of(error: Exception) -> str:
         text = f"{error.filename}: {error.strerror}"
     if isinstance(error, MemoryError):
         text = f"out of memory{text and ': ' + text}; try --workers 1"
+    if "start new thread" in text:
+        text += "; try --workers 1"
     if len(text) > MESSAGE_LIMIT:
         text = f"{text[: MESSAGE_LIMIT // 2]} ... {text[-MESSAGE_LIMIT // 2 :]}"
     return text or type(error).__name__
 
 
 def end(number: int, frame) -> None:
+    say("stopping; the same command continues", sys.stderr)
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
 def open_streams() -> None:
     """Give closed standard streams the null device, or files of shards would get their numbers."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-            setattr(sys, name, open(os.devnull, "r+" if number else "r"))
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 if __name__ == "__main__":
     open_streams()
     signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signal.signal(signal.SIGHUP, end)
     gc.set_threshold(200_000)  # A plan is many objects, and while it grows none of them is garbage.

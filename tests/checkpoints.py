@@ -200,6 +200,24 @@ def write_checkpoint(
     return folder
 
 
+def one_weight(stem: str = "w", seed: int = 0) -> tuple[dict, dict]:
+    """Return a ragged FP8 weight with its scale and a tensor beside it, and what comes out."""
+    codes, scale = finite_codes(130, 40, seed=seed), torch.full((2, 1), 0.001 * (seed + 1))
+    plain = {f"norm.{stem}": torch.full((3,), float(seed))}
+    return (
+        {f"{stem}.weight": codes, f"{stem}.weight_scale_inv": scale, **plain},
+        {f"{stem}.weight": dequantized(codes, scale), **plain},
+    )
+
+
+def assert_holds(shard: Path, expected: dict[str, torch.Tensor]) -> None:
+    """See that a shard holds these tensors, to the last bit, and no others."""
+    got = load_file(shard)
+    assert {*got} == {*expected}
+    for name, tensor in expected.items():
+        assert_same_bits(got[name], tensor)
+
+
 def write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))

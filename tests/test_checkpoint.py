@@ -3,34 +3,48 @@
 What cannot be converted is refused with one message that names the file, and nothing is written.
 """
 
+import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub._local_folder import get_local_download_paths
 from safetensors.torch import save_file
 
+import fp8_cast_bf16
 from checkpoints import (
+    CONFIG,
     INDEX,
     ONE,
+    ROOT,
     SHARD,
     SPECIAL,
     TENSORS,
     TWO,
     arguments,
     assert_folder_refused,
+    assert_holds,
     assert_same_bits,
     contents,
     convert,
     edit_json,
     finite_codes,
     load_checkpoint,
+    method,
+    nvfp4,
+    one_weight,
     several_kinds,
     special_file,
     write_checkpoint,
+    write_json,
     write_raw,
 )
-from fp8_cast_bf16 import CheckpointError, cli, main
+from fp8_cast_bf16 import CheckpointError, cli, main, make_plan
 from fp8_cast_bf16 import load_checkpoint as load_headers
 
 
@@ -120,7 +134,521 @@ def test_a_shard_that_is_no_file_is_refused(folder, secret, capsys, kind):
     assert capsys.readouterr().err.startswith(f"error: {folder / 'in' / SHARD}: no such file")
 
 
+# --- downloads that are not whole ---
+
+
+def numbered(total: str, *numbers: str) -> dict:
+    return {f"model-{number}-of-{total}.safetensors": {f"w{number}": torch.ones(2)}
+            for number in numbers}
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_two_of_eight_shards_are_refused_by_the_names_of_the_missing(tmp_path, index):
+    source = tmp_path / "in"
+    write_checkpoint(source, numbered("00008", "00001", "00002"), CONFIG, index)
+    names = [f"model-0000{number}-of-00008.safetensors" for number in range(3, 8)]
+    assert_folder_refused(source, "6 of 8 shards are missing", *names, "incomplete")
+
+
+def test_a_shard_that_only_its_number_tells_of_is_named(tmp_path):
+    source = write_checkpoint(tmp_path / "in", numbered("00003", "00001", "00003"), CONFIG, False)
+    assert_folder_refused(source, "1 of 3 shards is missing", "model-00002-of-00003.safetensors")
+
+
+def test_one_of_163_shards_with_deepseeks_wide_total_is_refused(tmp_path):
+    source = write_checkpoint(tmp_path / "in", numbered("000163", "00001"), CONFIG, False)
+    assert_folder_refused(source, "162 of 163 shards are missing", "model-00002-of-000163.safet")
+
+
+def test_all_shards_with_deepseeks_wide_total_convert(tmp_path):
+    convert(tmp_path, numbered("000002", "00001", "00002"), config={}, index=False)
+
+
+def test_shards_that_are_numbered_from_0_convert(tmp_path):
+    convert(tmp_path, numbered("00002", "00000", "00001"), config={}, index=False)
+
+
+def test_a_missing_shard_among_those_numbered_from_0_is_named(tmp_path):
+    source = write_checkpoint(tmp_path / "in", numbered("00003", "00000", "00001"), {}, False)
+    error = assert_folder_refused(source, "model-00002-of-00003.safetensors")
+    assert "model-00003-of" not in error
+
+
+def test_a_partial_download_in_a_folder_is_refused(tmp_path):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    write_checkpoint(source / "draft", numbered("00002", "00001"), CONFIG, index=False)
+    assert_folder_refused(source, "draft", "model-00002-of-00002.safetensors")
+
+
+def test_another_series_beside_does_not_make_up_for_a_missing_shard(tmp_path):
+    other = {f"other-0000{i}-of-00002.safetensors": {f"o{i}": torch.ones(1)} for i in (1, 2)}
+    write_checkpoint(tmp_path / "in", numbered("00002", "00001") | other, CONFIG, index=False)
+    assert_folder_refused(tmp_path / "in", "1 of 2 shards is missing", "model-00002-of-00002")
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("ending", [".aria2", ".part", ".crdownload", ".incomplete"])
+def test_a_shard_with_a_mark_of_an_unfinished_download_beside_it_is_refused(source, ending, index):
+    if not index:
+        (source / INDEX).unlink()
+    (source / (TWO + ending)).write_text("")
+    assert_folder_refused(source, f"{source / TWO}: its download is not finished", ending)
+
+
+@pytest.mark.parametrize("place", [".", "draft"])
+def test_a_shard_that_the_hubs_client_has_not_finished_is_refused(tmp_path, place):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight("a")[0]}, CONFIG, index=False)
+    write_checkpoint(source / "draft", {SHARD: one_weight("b")[0]}, CONFIG, index=False)
+    paths = get_local_download_paths(source, (Path(place) / SHARD).as_posix())
+    mark = paths.incomplete_path("0123456789abcdef" * 4)
+    assert mark.suffix == ".incomplete"
+    mark.write_text("")
+    assert_folder_refused(source, f"{source / place / SHARD}: its download is not", mark.name)
+
+
+def test_what_the_hubs_client_leaves_of_other_files_does_not_matter(tmp_path):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    get_local_download_paths(source, "x.gguf").incomplete_path("0" * 64).write_text("")
+    main(source, tmp_path / "out")
+    assert {*contents(tmp_path / "out")} == {SHARD, "config.json"}
+
+
+def test_an_adapter_whose_download_is_not_finished_is_refused(tmp_path):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG)
+    save_file({"lora_A": torch.zeros(3)}, source / "adapter_model.safetensors")
+    (source / "adapter_model.safetensors.aria2").write_text("")
+    assert_folder_refused(source, "adapter_model.safetensors: its download is not finished")
+
+
+def test_a_checkpoint_without_a_config_is_warned_about(tmp_path, capsys):
+    write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, index=False)
+    main(tmp_path / "in", tmp_path / "out")
+    printed = capsys.readouterr()
+    assert f"Warning: {tmp_path / 'in'}: has no config.json" in printed.err
+    assert "config.json" not in printed.out
+
+
+def test_a_hub_id_is_answered_by_the_command_that_downloads_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = ["--input-fp8-hf-path", "deepseek-ai/DeepSeek-V3.1", "--output-bf16-hf-path", "out"]
+    assert cli(folders) == 1
+    hint = "download it first: hf download deepseek-ai/DeepSeek-V3.1 --local-dir IN"
+    assert hint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_path_that_is_no_hub_id_gets_no_command_to_download_it(tmp_path):
+    assert "hf download" not in assert_folder_refused(tmp_path / "a/b", "no such folder")
+
+
+def test_the_cache_folder_of_a_repository_is_answered_by_its_snapshots(tmp_path):
+    folder = tmp_path / "models--a--b"
+    write_checkpoint(folder / "snapshots/0123", {SHARD: one_weight()[0]}, CONFIG)
+    assert_folder_refused(folder, "models--a--b: is the cache", "give its snapshots/")
+
+
+POINTER = (b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\n"
+           b"size 4294967296\n")
+
+
+def test_a_git_lfs_pointer_is_answered_by_git_lfs_pull(source):
+    (source / ONE).write_bytes(POINTER)
+    assert_folder_refused(source, f"{source / ONE}: is a git-lfs pointer", "run `git lfs pull`")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", INDEX, "config.json"])
+def test_a_side_file_that_is_a_git_lfs_pointer_is_refused(source, name):
+    (source / name).write_bytes(POINTER)
+    assert_folder_refused(source, f"{source / name}: is a git-lfs pointer", "run `git lfs pull`")
+
+
+# --- links ---
+
+
+def linked(folder: Path, blobs: Path, digits: str) -> Path:
+    """Return a checkpoint of which every file is a link into a folder of blobs."""
+    given = write_checkpoint(folder / "given", {SHARD: one_weight()[0]}, CONFIG)
+    (given / "tokenizer.json").write_text("{}")
+    blobs.mkdir(parents=True)
+    (folder / "in").mkdir()
+    for number, path in enumerate(sorted(given.iterdir())):
+        blob = blobs / f"{number:x}{digits[1:]}"
+        path.rename(blob)
+        (folder / "in" / path.name).symlink_to(blob)
+    return folder / "in"
+
+
+@pytest.mark.parametrize("digits", ["a" * 40, "0123456789abcdef" * 4])
+@pytest.mark.parametrize("place", ["mnt/blobs", "in/../cache/model/blobs"])
+def test_links_to_blobs_named_by_their_hash_count_wherever_they_are(tmp_path, place, digits):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "mnt").mkdir()
+    source = linked(tmp_path, tmp_path / place.removeprefix("in/../"), digits)
+    main(source, tmp_path / "out")
+    assert {*contents(tmp_path / "out")} == {SHARD, INDEX, "config.json", "tokenizer.json"}
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+
+
+@pytest.mark.parametrize("digits", ["a" * 39, "a" * 41, "A" * 40, "g" * 40, "a" * 63])
+def test_links_to_blobs_of_other_names_are_refused(tmp_path, digits):
+    assert_folder_refused(linked(tmp_path, tmp_path / "mnt/blobs", digits), "cp -L")
+
+
+def test_a_blob_is_a_file_right_in_the_folder_of_blobs(tmp_path):
+    source = linked(tmp_path, tmp_path / "mnt/blobs" / ("a" * 40), "b" * 40)
+    assert_folder_refused(source, "cp -L")
+
+
+def test_a_side_file_that_is_a_link_elsewhere_is_refused_with_the_remedy(source, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (source / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    target = str(tmp_path / "tokenizer.json")
+    assert_folder_refused(source, f"tokenizer.json: is a link to {target}", "outside", "cp -L")
+
+
+def test_a_side_file_that_is_a_link_to_nothing_says_that_its_target_is_not_there(source):
+    (source / "tokenizer.json").symlink_to("/mnt/nowhere/tokenizer.json")
+    assert_folder_refused(source, "tokenizer.json: is a link to /mnt/nowhere/", "not there")
+
+
+def test_a_config_of_a_folder_may_be_a_link_to_another_folder_of_the_input(tmp_path):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight("a")[0]}, CONFIG, index=False)
+    write_checkpoint(source / "draft", {SHARD: one_weight("b")[0]}, index=False)
+    (source / "draft/config.json").symlink_to("../config.json")
+    main(source, tmp_path / "out")
+    assert json.loads((tmp_path / "out/draft/config.json").read_text()) == {}
+
+
+# --- what lies around ---
+
+
+@pytest.mark.parametrize("place", [".", "draft"])
+def test_what_macos_leaves_beside_shards_is_ignored(tmp_path, capsys, place):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG)
+    write_checkpoint(source / "draft", {SHARD: one_weight("b")[0]}, CONFIG)
+    for name in (SHARD, INDEX, "config.json"):
+        (source / place / f"._{name}").write_bytes(b"\0\5\26\7")
+    (source / place / ".DS_Store").write_bytes(b"\0")
+    main(source, tmp_path / "out")
+    files = {SHARD, INDEX, "config.json"}
+    assert {*contents(tmp_path / "out")} == files | {f"draft/{name}" for name in files}
+    assert "._" not in capsys.readouterr().out
+
+
+def test_lost_and_found_is_named_and_skipped(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG)
+    (source / "lost+found").mkdir()
+    (source / "lost+found/#1").write_text("x")
+    main(source, tmp_path / "out")
+    assert {*contents(tmp_path / "out")} == {SHARD, INDEX, "config.json"}
+    assert "Not copied: lost+found\n" in capsys.readouterr().out
+
+
+# --- folders: each that holds safetensors files is a checkpoint of its own ---
+
+
+def test_a_draft_model_in_a_folder_is_converted_by_its_own_config(tmp_path):
+    draft, expected = one_weight("b", 1)
+    source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(3)}}, {"root": 1})
+    write_checkpoint(source / "dspark", {SHARD: draft}, {"draft": 1, **CONFIG})
+    main(source, tmp_path / "out")
+    assert_holds(tmp_path / "out" / SHARD, {"x": torch.ones(3)})
+    assert_holds(tmp_path / "out/dspark" / SHARD, expected)
+    assert json.loads((tmp_path / "out/dspark/config.json").read_text()) == {"draft": 1}
+    index = json.loads((tmp_path / "out/dspark" / INDEX).read_text())
+    assert index["weight_map"] == dict.fromkeys(sorted(expected), SHARD)
+
+
+def pipeline(folder: Path) -> tuple[Path, dict, dict]:
+    """Write a pipeline as diffusers does; return it, and what its two parts must become."""
+    write_json(folder / "model_index.json", {"_class_name": "X", "transformer": ["diffusers", "X"]})
+    write_json(folder / "scheduler/scheduler_config.json", {"a": 1})
+    given, transformer = one_weight("proj", 1)
+    shard = "diffusion_pytorch_model.safetensors"
+    write_checkpoint(folder / "transformer", {shard: given}, CONFIG, index=False)
+    encoder = {"shared.weight": torch.ones(5)}
+    write_checkpoint(folder / "text_encoder", {SHARD: encoder}, {"encoder": 1}, index=False)
+    return folder, transformer, encoder
+
+
+def test_the_parts_of_a_pipeline_are_converted_each_in_its_folder(tmp_path):
+    source, transformer, encoder = pipeline(tmp_path / "in")
+    main(source, tmp_path / "out")
+    shard = "transformer/diffusion_pytorch_model.safetensors"
+    assert_holds(tmp_path / "out" / shard, transformer)
+    assert_holds(tmp_path / "out/text_encoder" / SHARD, encoder)
+    found = contents(tmp_path / "out")
+    assert {*found} == {*contents(source)}
+    assert json.loads(found["transformer/config.json"]) == {}
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        assert found[name] == (source / name).read_bytes()
+
+
+def test_a_pipeline_is_not_warned_about_for_its_root_without_a_config(tmp_path, capsys):
+    main(pipeline(tmp_path / "in")[0], tmp_path / "out")
+    assert "has no config" not in capsys.readouterr().err
+
+
+def test_the_dense_layer_of_a_sentence_transformer_is_converted(tmp_path):
+    root, expected = one_weight("encoder", 1)
+    source = write_checkpoint(tmp_path / "in", {SHARD: root}, CONFIG, index=False)
+    write_json(source / "modules.json", {"0": "", "2": "2_Dense"})
+    write_json(source / "config_sentence_transformers.json", {"prompts": {}})
+    dense = {"linear.weight": torch.rand(4, 3), "linear.bias": torch.rand(4)}
+    write_checkpoint(source / "2_Dense", {SHARD: dense}, {"in_features": 3}, index=False)
+    write_json(source / "1_Pooling/config.json", {"pooling": 1})
+    main(source, tmp_path / "out")
+    assert_holds(tmp_path / "out" / SHARD, expected)
+    assert_holds(tmp_path / "out/2_Dense" / SHARD, dense)
+    assert {*contents(tmp_path / "out")} == {*contents(source)}
+
+
+def test_fp8_in_a_folder_without_a_config_is_converted(tmp_path):
+    dense, expected = one_weight("linear")
+    source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(2)}}, {}, index=False)
+    write_checkpoint(source / "2_Dense", {SHARD: dense}, index=False)
+    main(source, tmp_path / "out")
+    assert_holds(tmp_path / "out/2_Dense" / SHARD, expected)
+
+
+def test_the_method_of_the_root_does_not_count_in_a_folder(tmp_path):
+    int8 = {"w.weight": torch.ones(4, 4, dtype=torch.int8), "w.weight_scale": torch.ones(4, 1)}
+    config = {"quantization_config": {"quant_method": "compressed-tensors"}}
+    source = write_checkpoint(tmp_path / "in", {SHARD: int8}, config, index=False)
+    other = {f"other.{name}": tensor.clone() for name, tensor in int8.items()}
+    write_checkpoint(source / "draft", {SHARD: other}, {"draft": 1}, index=False)
+    assert_folder_refused(source, f"{source / 'draft' / SHARD}", "move draft out of")
+    write_checkpoint(source / "draft", {SHARD: other}, config, index=False)
+    main(source, tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out/draft")["other.w.weight"].dtype == torch.bfloat16
+
+
+def test_folders_in_folders_are_checkpoints_too(tmp_path):
+    source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(2)}}, {}, index=False)
+    deep, expected = one_weight("deep")
+    write_checkpoint(source / "a/b", {SHARD: deep}, CONFIG, index=False)
+    main(source, tmp_path / "out")
+    assert_holds(tmp_path / "out/a/b" / SHARD, expected)
+
+
+@pytest.mark.parametrize("name", ["original", "fp8", "nvfp4"])
+def test_the_same_weights_in_a_folder_are_left_out_by_name(tmp_path, capsys, name):
+    given, expected = one_weight()
+    source = write_checkpoint(tmp_path / "in", {SHARD: given}, CONFIG, index=False)
+    write_checkpoint(source / name, {SHARD: one_weight(seed=1)[0]}, CONFIG, index=False)
+    (source / name / "tokenizer.json").write_text("{}")
+    main(source, tmp_path / "out")
+    assert_holds(tmp_path / "out" / SHARD, expected)
+    assert {*contents(tmp_path / "out")} == {SHARD, "config.json"}
+    assert f"Not copied: {name}\n" in capsys.readouterr().out
+
+
+def test_the_same_weights_in_another_format_in_a_folder_are_left_out_by_name(tmp_path, capsys):
+    """Their names differ: each weight is codes and two scales there."""
+    given = {}
+    for i in range(4):
+        given[f"l{i}.weight"] = finite_codes(30, 80)
+        given[f"l{i}.weight_scale_inv"] = torch.ones(1, 1)
+    source = write_checkpoint(tmp_path / "in", {SHARD: given | {"norm": torch.ones(3)}}, CONFIG)
+    codes, scale, _ = nvfp4(3.0, divide=True)
+    other = {"norm": torch.ones(3)}
+    for i in range(4):
+        other |= {f"l{i}.weight_packed": codes.clone(), f"l{i}.weight_scale": scale.clone(),
+                  f"l{i}.weight_global_scale": torch.tensor([3.0])}
+    write_checkpoint(source / "nvfp4", {SHARD: other}, method("compressed-tensors"))
+    main(source, tmp_path / "out")
+    assert {*contents(tmp_path / "out")} == {SHARD, INDEX, "config.json"}
+    assert "Not copied: nvfp4\n" in capsys.readouterr().out
+
+
+def test_a_folder_with_another_set_of_the_weights_may_be_broken(tmp_path):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    (source / "original").mkdir()
+    (source / "original/model-00001-of-00009.safetensors").write_bytes(b"x")
+    main(source, tmp_path / "out")
+    assert {*contents(tmp_path / "out")} == {SHARD, "config.json"}
+
+
+def test_a_draft_of_the_same_architecture_with_other_shapes_is_converted(tmp_path):
+    """As a small model of the same depth, whose tensors have the same names."""
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    small = {"w.weight": finite_codes(20, 8), "w.weight_scale_inv": torch.full((1, 1), 0.01),
+             "norm.w": torch.ones(2)}
+    write_checkpoint(source / "draft", {SHARD: small}, CONFIG, index=False)
+    main(source, tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out/draft")["w.weight"].shape == (20, 8)
+
+
+def test_a_pipeline_in_a_hub_cache_is_converted(tmp_path):
+    given, transformer, encoder = pipeline(tmp_path / "plain")
+    snapshot, blobs = (tmp_path / "models--a--b" / name for name in ("snapshots/0", "blobs"))
+    blobs.mkdir(parents=True)
+    for number, (name, data) in enumerate(contents(given).items()):
+        (blobs / str(number)).write_bytes(data)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(os.path.relpath(blobs / str(number), (snapshot / name).parent))
+    main(snapshot, tmp_path / "out")
+    main(given, tmp_path / "expected")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert_holds(tmp_path / "out/text_encoder" / SHARD, encoder)
+    assert len(transformer) == 2
+
+
+def test_a_folder_that_the_rules_refuse_ends_the_run_and_may_be_moved(tmp_path):
+    source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(3)}}, {}, index=False)
+    bad = {"b.weight": torch.ones(4, 4, dtype=torch.uint8), "b.weight_scale": torch.ones(4, 1)}
+    write_checkpoint(source / "draft", {SHARD: bad}, {}, index=False)
+    shard = source / "draft" / SHARD
+    assert_folder_refused(source, f"{shard}: b.weight", f"move draft out of {source}")
+
+
+@pytest.mark.parametrize("problem", ["cut", "index", "twice", "missing", "config"])
+def test_a_folder_that_cannot_be_read_ends_the_run_and_may_be_moved(tmp_path, problem):
+    source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(3)}}, {}, index=False)
+    draft = write_checkpoint(source / "draft", {SHARD: one_weight()[0]}, CONFIG)
+    if problem == "cut":
+        os.truncate(draft / SHARD, (draft / SHARD).stat().st_size - 1)
+    elif problem == "index":
+        (draft / INDEX).write_text("{}")
+    elif problem == "twice":
+        (draft / INDEX).unlink()
+        shutil.copy(draft / SHARD, draft / "other.safetensors")
+    elif problem == "missing":
+        (draft / SHARD).unlink()
+    else:
+        (draft / "config.json").write_text("{")
+    assert_folder_refused(source, str(draft), f"move draft out of {source}")
+
+
+def test_an_index_may_name_shards_in_folders(tmp_path):
+    shards, expected = several_kinds()
+    names = {ONE: "model.layers.0/layer.safetensors", TWO: "model.layers.1/layer.safetensors"}
+    source = tmp_path / "in"
+    for shard, name in names.items():
+        (source / name).parent.mkdir(parents=True)
+        save_file(shards[shard], source / name)
+    weight_map = {tensor: names[shard] for shard in shards for tensor in shards[shard]}
+    write_json(source / INDEX, {"weight_map": weight_map})
+    write_json(source / "config.json", CONFIG)
+    main(source, tmp_path / "out")
+    for shard, name in names.items():
+        assert_holds(tmp_path / "out" / name, expected[shard])
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["weight_map"] == {t: names[s] for s in expected for t in expected[s]}
+    assert {*contents(tmp_path / "out")} == {*names.values(), INDEX, "config.json"}
+    main(source, tmp_path / "out", verify=True)
+
+
+def test_a_file_that_an_index_leaves_out_of_a_folder_is_planned_once(tmp_path):
+    source, name = tmp_path / "in", "layers/a.safetensors"
+    given, expected = one_weight("a")
+    (source / "layers").mkdir(parents=True)
+    save_file(given, source / name)
+    save_file({f"x{i}": torch.ones(1) for i in range(9)}, source / SHARD)
+    save_file({"extra": torch.ones(1)}, source / "layers/extra.safetensors")
+    weight_map = dict.fromkeys(given, name) | {f"x{i}": SHARD for i in range(9)}
+    write_json(source / INDEX, {"weight_map": weight_map})
+    names = [shard.name for shard in make_plan(source).shards]
+    assert sorted(names) == sorted({*names})
+    main(source, tmp_path / "out")
+    assert_holds(tmp_path / "out" / name, expected)
+
+
+def test_the_index_of_a_variant_is_rebuilt(tmp_path):
+    given, expected = one_weight()
+    name, index = "model.fp8-00001-of-00001.safetensors", "model.safetensors.index.fp8.json"
+    source = write_checkpoint(tmp_path / "in", {name: given}, CONFIG, index=False)
+    write_json(source / index, {"metadata": {}, "weight_map": dict.fromkeys(given, name)})
+    main(source, tmp_path / "out")
+    assert_holds(tmp_path / "out" / name, expected)
+    rebuilt = json.loads((tmp_path / "out" / index).read_text())
+    assert rebuilt["weight_map"] == dict.fromkeys(sorted(expected), name)
+    assert rebuilt["metadata"]["total_size"] == 130 * 40 * 2 + 12
+    assert {*contents(tmp_path / "out")} == {name, index, "config.json"}
+    main(source, tmp_path / "out", verify=True)
+
+
+# --- weights beside indexed shards ---
+
+
+def test_an_adapter_beside_indexed_shards_is_copied(tmp_path):
+    given, expected = one_weight()
+    source = write_checkpoint(tmp_path / "in", {SHARD: given}, CONFIG)
+    adapter = {"lora_A.weight": torch.rand(3, 4), "lora_B.weight": torch.rand(4, 3)}
+    save_file(adapter, source / "adapter_model.safetensors")
+    main(source, tmp_path / "out")
+    assert_holds(tmp_path / "out" / SHARD, expected)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["weight_map"] == dict.fromkeys(sorted(expected), SHARD)
+    main(source, tmp_path / "out", verify=True)
+
+
+def test_an_adapter_in_a_folder_with_an_index_is_copied(tmp_path):
+    source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(2)}}, {}, index=False)
+    write_checkpoint(source / "draft", {SHARD: one_weight()[0]}, CONFIG)
+    save_file({"lora_A": torch.rand(3)}, source / "draft/adapter_model.safetensors")
+    main(source, tmp_path / "out")
+    name = "draft/adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_an_fp8_file_beside_indexed_shards_is_refused(tmp_path, scaled):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG)
+    tensors = one_weight("other")[0]
+    if not scaled:
+        del tensors["other.weight_scale_inv"]
+    save_file(tensors, source / "other.safetensors")
+    assert_folder_refused(source, f"{source}/other.safetensors: is not named by {INDEX}",
+                          "quantized", f"move it out of {source}")
+
+
+def test_a_file_that_repeats_a_tensor_of_indexed_shards_is_refused(tmp_path):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG)
+    save_file({"norm.w": torch.ones(3), "x": torch.ones(1)}, source / "other.safetensors")
+    assert_folder_refused(source, "other.safetensors: is not named by", "repeats norm.w", "move it")
+
+
 # --- headers ---
+
+
+def test_headers_are_read_where_files_cannot_be_mapped(tmp_path):
+    """As on some network file systems, and under a limit of the address space."""
+    write_raw(tmp_path / "in" / SHARD, {"w.weight": ("F8_E4M3", [1 << 18, 1 << 18])})
+    limit = 32 << 30
+    done = subprocess.run(
+        [sys.executable, ROOT / "fp8_cast_bf16.py", *arguments(tmp_path / "in", "--dry-run")],
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    assert "Input: 1 shard, 1 tensor, 68.7GB" in done.stdout
+    assert "map" not in done.stderr and "allocate" not in done.stderr
+
+
+def test_a_read_of_a_header_that_would_block_is_reported(source, capsys, monkeypatch):
+    """Buffered reads return nothing then, which must not be taken for the end."""
+    class Blocking:
+        def __init__(self, path, mode):
+            self.file = open(path, mode)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def read(self, size=-1):
+            return None
+
+    monkeypatch.setattr(
+        fp8_cast_bf16, "open",
+        lambda path, mode="r", *more, **options: Blocking(path, mode)
+        if Path(path) == source / ONE else open(path, mode, *more, **options), raising=False)
+    assert cli(arguments(source)) == 1
+    assert f"error: {source / ONE}: " in capsys.readouterr().err
+    assert not (source.parent / "out").exists()
+
 
 
 def test_truncated_shard_is_named(source):

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 
 import pytest
@@ -303,6 +304,359 @@ def test_cpu_path_needs_neither_triton_nor_numpy(source):
     done = subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     assert done.stderr == b""
     assert load_checkpoint(source.parent / "out")["w"].dtype == torch.bfloat16
+
+
+# --- before torch is there ---
+
+
+def fake_torch(folder, text="raise AssertionError('torch was imported')"):
+    """Write a torch that does something else when it is imported; return its environment."""
+    (folder / "fake").mkdir()
+    (folder / "fake/torch.py").write_text(text)
+    return {**os.environ, "PYTHONPATH": str(folder / "fake"), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def run(source, *more, command=SCRIPT, **options):
+    given = [*command, *arguments(source, *more)]
+    return subprocess.run(given, capture_output=True, text=True, **options)
+
+
+def test_help_and_version_need_no_torch(tmp_path):
+    environment = fake_torch(tmp_path)
+    for flag, said in (("-h", "--input-fp8-hf-path IN"), ("--help", "DeepSeek-V3"),
+                       ("--version", fp8_cast_bf16.VERSION)):
+        done = subprocess.run([*SCRIPT, flag], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert said in done.stdout
+
+
+@pytest.mark.parametrize("more, complaint", [
+    (["--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--workers", "x"], "invalid int value"),
+    (["--workers", "0"], "--workers 0: expected a positive number"),
+    (["--missing-scale", "guess"], "invalid choice"),
+    (["--device", "tpu"], "--device tpu: expected"),
+    (["--dry-run", "--verify"], "--dry-run and --verify: expected one of them"),
+])
+def test_wrong_flags_need_no_torch(source, tmp_path, more, complaint):
+    done = run(source, *more, env=fake_torch(tmp_path))
+    assert done.returncode == 2
+    assert complaint in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_first_line_is_printed_before_torch_is_imported(source, tmp_path):
+    text = "import os, sys; os.write(1, b'TORCH'); sys.exit(3)"
+    done = run(source, env=fake_torch(tmp_path, text))
+    assert done.returncode == 3
+    assert done.stdout == f"fp8_cast_bf16 {fp8_cast_bf16.VERSION}\nTORCH"
+
+
+NEEDED = "needs torch>=2.7, safetensors>=0.6.1, tqdm: pip install -r requirements.txt"
+
+
+@pytest.mark.parametrize("text, said", [
+    ("__version__ = '2.6.0+cu124'", "torch is 2.6.0+cu124"),
+    ("__version__ = '1.13.1'", "torch is 1.13.1"),
+    ("raise ModuleNotFoundError(\"No module named 'torch'\")", "No module named 'torch'"),
+])
+def test_a_torch_that_is_too_old_or_missing_is_answered_by_what_is_needed(
+    source, tmp_path, text, said
+):
+    done = run(source, env=fake_torch(tmp_path, text))
+    assert done.returncode in (1, 2)
+    assert done.stderr.splitlines()[-1].endswith(f"{said}; {NEEDED}")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torch_whose_libraries_are_missing_is_answered_in_one_line(source, tmp_path):
+    text = "raise OSError('libtorch_cpu.so: cannot open shared object file')"
+    done = run(source, env=fake_torch(tmp_path, text))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "libtorch_cpu.so" in done.stderr
+
+
+def test_a_safe_path_of_python_does_not_hide_the_kernel(source):
+    done = run(source, env={**os.environ, "PYTHONSAFEPATH": "1"})
+    assert done.returncode == 0, done.stderr
+    assert load_checkpoint(source.parent / "out")["w"].dtype == torch.bfloat16
+
+
+# --- where it prints to ---
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_neither_break_a_run_nor_get_into_its_files(source, closed):
+    main(source, source.parent / "expected")
+    command = ["sh", "-c", f'"$@" {closed}', "sh", *SCRIPT]
+    done = run(source, "--workers", "2", command=command)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert contents(source.parent / "out") == contents(source.parent / "expected")
+
+
+def test_a_closed_stderr_does_not_hide_that_a_checkpoint_is_refused(source):
+    (source / SHARD).write_bytes(b"x")
+    done = run(source, command=["sh", "-c", '"$@" 2>&-', "sh", *SCRIPT])
+    assert done.returncode == 1
+    assert not (source.parent / "out").exists()
+
+
+def test_a_reader_of_stdout_that_goes_away_does_not_break_a_run(source):
+    process = subprocess.Popen([*SCRIPT, *arguments(source)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read()
+    assert "Traceback" not in error
+    assert process.wait() == 0, error
+    assert SHARD in contents(source.parent / "out")
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_a_limit_of_threads_leaves_fewer_workers(source, monkeypatch, allowed):
+    main(source, source.parent / "expected")
+    monkeypatch.setattr(fp8_cast_bf16, "WINDOW", 1 << 14)
+    start, started = threading.Thread.start, []
+
+    def limited(thread):
+        if len(started) >= allowed:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(fp8_cast_bf16, "find_implausible", lambda plan: [])
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    main(source, source.parent / "out", workers=4)
+    assert contents(source.parent / "out") == contents(source.parent / "expected")
+
+
+def test_a_thread_that_cannot_be_started_at_all_is_said_with_workers(source, monkeypatch, capsys):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert cli(arguments(source)) == 1
+    error = capsys.readouterr().err
+    assert "can't start new thread" in error and "--workers" in error
+
+
+def test_a_stdout_without_an_encoding_is_printed_to(tmp_path, monkeypatch):
+    class Bare:
+        def __init__(self):
+            self.text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    write_checkpoint(tmp_path / "in", {SHARD: {"wé": finite_codes(2, 2)}})
+    bare = Bare()
+    monkeypatch.setattr(sys, "stdout", bare)
+    assert cli(arguments(tmp_path / "in")) == 0
+    assert "Device: " in bare.text
+    assert "\n  wé\n" in bare.text
+
+
+def test_warnings_go_to_stderr(tmp_path, capsys):
+    tensors = {"w": finite_codes(99, 99), "w_scale_inv": torch.full((1, 1), 1e9)}
+    write_checkpoint(tmp_path / "in", {SHARD: tensors | {"v": finite_codes(2, 2)}}, index=False)
+    assert cli(arguments(tmp_path / "in")) == 0
+    printed = capsys.readouterr()
+    assert "Warning" not in printed.out
+    for said in ("Missing scale_inv tensor for v", "has no config.json", "root mean square"):
+        assert said in printed.err
+
+
+def test_a_hangup_ends_a_run_like_a_termination(tmp_path):
+    assert stopped(tmp_path, signal.SIGHUP, ()) == 129
+    assert contents(tmp_path / "out") == {}
+
+
+def test_a_hangup_that_is_ignored_does_not_end_a_run(tmp_path):
+    assert stopped(tmp_path, signal.SIGHUP, ["nohup"]) == 0
+    assert SHARD in contents(tmp_path / "out")
+
+
+def stopped(folder, number, prefix):
+    """Send a signal to a run that writes; return its exit status."""
+    size = 1 << 14 if prefix else 1 << 17
+    write_raw(folder / "in" / SHARD, {"s.weight": ("F8_E4M3", [size, 1 << 13]),
+                                      "s.weight_scale_inv": ("F32", [size >> 7, 1 << 6])})
+    command = [*prefix, *SCRIPT, *arguments(folder / "in")]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    while not list(folder.glob("out/*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def on_terminal(source, columns, setup=""):
+    """Convert in small windows with stderr on a terminal; return what was shown."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 25, columns, 0, 0))
+    code = ("import sys, time, fp8_cast_bf16 as f; f.WINDOW = 1 << 13; real = f.render\n"
+            "f.render = lambda *given: (time.sleep(0.05), real(*given))[1]\n"
+            "sys.exit(f.cli(sys.argv[1:]))")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments(source, "--workers", "1")], stderr=theirs,
+        stdout=subprocess.DEVNULL, cwd=ROOT)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            seen += os.read(ours, 4096)
+        except OSError:  # the other side is closed
+            break
+    os.close(ours)
+    assert process.wait() == 0
+    lines = [line for line in re.split(r"[\r\n]+", seen.decode()) if "writing" in line]
+    assert max(map(len, lines)) <= columns
+    return lines[len(lines) // 2]
+
+
+def test_the_bar_shows_rate_and_time_left_at_80_columns(source):
+    line = on_terminal(source, 80)
+    assert re.search(r"\d%\|.*\| *[\d.]+k?B?/[\d.]+kB? \[\d\d:\d\d<\d\d:\d\d, ", line), line
+    assert re.search(r"[\d.]+k?B/s", line), line
+
+
+def test_the_bar_shows_percent_and_time_left_at_60_columns(source):
+    line = on_terminal(source, 60)
+    assert re.search(r"\d+%", line), line
+    assert re.search(r"<\d\d:\d\d", line), line
+
+
+def test_a_run_that_is_not_on_a_terminal_shows_life(source, capsys, monkeypatch):
+    monkeypatch.setattr(fp8_cast_bf16, "TELL", -1)
+    monkeypatch.setattr(fp8_cast_bf16, "WINDOW", 1 << 14)
+    main(source, source.parent / "out", workers=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("writing: ")]
+    assert len(lines) > 3
+    assert re.fullmatch(r"writing: \d+% of [\d.]+kB in \d+ s", lines[0])
+
+
+def test_one_of_a_kind_is_spoken_of_in_the_singular(source, capsys):
+    assert cli(arguments(source, "--workers", "1")) == 0
+    printed = capsys.readouterr().out
+    assert not re.search(r"\b1 (workers|shards|tensors|weights|scales)\b", printed), printed
+
+
+# --- the report ---
+
+
+def test_a_report_to_a_device_does_not_replace_it(source):
+    before = os.stat("/dev/null")
+    assert cli(arguments(source, "--report", "/dev/null")) == 0
+    assert (os.stat("/dev/null").st_ino, os.stat("/dev/null").st_rdev) == (
+        before.st_ino, before.st_rdev)
+
+
+def test_a_report_to_a_pipe_is_written_into_it(source, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
+        assert cli(arguments(source, "--report", str(tmp_path / "pipe"))) == 0
+        assert json.loads(reader.stdout.read())["status"] == "converted"
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_report_to_a_link_is_written_where_it_leads(source, tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(f"there/{name}.json")
+    (tmp_path / "there/old.json").write_text("old")
+    for name in ("old", "new"):
+        assert cli(arguments(source, "--report", str(tmp_path / name))) == 0
+        assert (tmp_path / name).is_symlink()
+        assert json.loads((tmp_path / f"there/{name}.json").read_text())["options"]
+
+
+def test_a_report_to_a_folder_that_links_into_the_output_is_wrong_usage(source, tmp_path):
+    (tmp_path / "link").symlink_to("out/r.json")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UsageError, match="outside of input and output"):
+        main(source, tmp_path / "out", report=tmp_path / "link")
+    assert contents(tmp_path / "out") == {}
+
+
+def test_a_report_to_stdout_goes_into_a_pipe(source):
+    done = run(source, "--report", "/dev/stdout")
+    assert done.returncode == 0, done.stderr
+    report = done.stdout[done.stdout.index("{"):done.stdout.rindex("}") + 1]
+    assert json.loads(report)["status"] == "converted"
+    assert "Device: " in done.stdout and "Converted 1 shard" in done.stdout
+
+
+def test_a_report_to_stdout_does_not_replace_the_file_that_it_goes_to(source, tmp_path):
+    with open(tmp_path / "log", "w") as log:
+        command = [*SCRIPT, *arguments(source, "--report", "/dev/stdout")]
+        assert subprocess.run(command, stdout=log).returncode == 0
+    text = (tmp_path / "log").read_text()
+    assert "Device: " in text and "Converted 1 shard" in text
+    assert json.loads(text[text.index("{"):text.rindex("}") + 1])["status"] == "converted"
+
+
+def test_a_report_to_a_pipe_without_a_reader_does_not_convert_first(source, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    command = [*SCRIPT, *arguments(source, "--report", str(tmp_path / "pipe"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline()
+        time.sleep(1)
+        assert process.poll() is None and not (tmp_path / "out").exists()
+        (tmp_path / "pipe").read_text()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_home_folder_in_an_option_is_expanded(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli(["--input-fp8-hf-path=~/in", "--output-bf16-hf-path=~/out",
+                "--report=~/r.json"]) == 0
+    assert SHARD in contents(tmp_path / "out")
+    assert (tmp_path / "r.json").is_file()
+
+
+# --- its last line ---
+
+
+def test_weights_that_were_kept_are_the_last_line_and_no_failure(tmp_path, capsys):
+    write_checkpoint(tmp_path / "in", {SHARD: {"v": finite_codes(2, 2), "w": finite_codes(2, 2)}})
+    for _ in range(2):
+        assert cli(arguments(tmp_path / "in")) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == ("2 weights are still FP8: the output will not load correctly; see "
+                        "--missing-scale")
+
+
+@pytest.mark.parametrize("choice, said", [("keep", True), ("cast", False)])
+def test_the_last_line_speaks_of_one_kept_weight_only_if_it_was_kept(
+    tmp_path, capsys, choice, said
+):
+    write_checkpoint(tmp_path / "in", {SHARD: {"w": finite_codes(2, 2)}})
+    assert cli(arguments(tmp_path / "in", "--missing-scale", choice)) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("1 weight is still FP8: the output will not load") == said
+
+
+def test_an_input_without_quantized_weights_is_said_to_be_copied(tmp_path, capsys):
+    write_checkpoint(tmp_path / "in", {SHARD: {"w": torch.ones(9).bfloat16()}}, {})
+    assert cli(arguments(tmp_path / "in")) == 0
+    assert "o quantized weights: this is a plain copy\n" in capsys.readouterr().out
+
+
+def test_an_input_with_quantized_weights_is_not_said_to_be_copied(source, capsys):
+    assert cli(arguments(source)) == 0
+    assert "plain copy" not in capsys.readouterr().out
 
 
 def test_importing_has_no_side_effect(tmp_path):

@@ -1,26 +1,33 @@
 """The files beside the shards: config, index, what is copied; and the folder they go to."""
 
+import errno
 import fcntl
+import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fp8_cast_bf16
 from checkpoints import (
     CONFIG,
     FP8_CONFIG,
     INDEX,
     ONE,
+    ROOT,
     SHARD,
     SPECIAL,
     TENSORS,
     TWO,
     Usage,
     arguments,
+    assert_holds,
     assert_same_bits,
     contents,
     convert,
@@ -28,6 +35,7 @@ from checkpoints import (
     edit_json,
     finite_codes,
     load_checkpoint,
+    one_weight,
     rand,
     several_kinds,
     special_file,
@@ -36,6 +44,28 @@ from checkpoints import (
     write_json,
 )
 from fp8_cast_bf16 import CheckpointError, cli, main
+
+AS_NOBODY = """
+import os, sys, fp8_cast_bf16 as f
+f.versions()  # While the packages can be seen; they may be root's own.
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+sys.exit(f.cli(sys.argv[1:]))
+"""
+
+
+def as_nobody(folder: Path, options: list[str]) -> subprocess.CompletedProcess:
+    """Convert as a user who owns nothing but the folder, as root can see to."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    for path in (folder, *folder.rglob("*")):
+        if path.name != "private":
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    os.chown(folder, 65534, 65534)
+    command = [sys.executable, "-c", AS_NOBODY, *options, "--device", "cpu"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
 
 # --- index and config ---
 
@@ -76,6 +106,58 @@ def test_index_of_a_diffusers_model_is_rebuilt(tmp_path):
     assert set(contents(tmp_path / "out")) == {*names, f"{stem}.safetensors.index.json"}
 
 
+@pytest.mark.parametrize("names", [(ONE, TWO), ("a.safetensors", "b.safetensors")])
+def test_several_shards_without_an_index_get_one(tmp_path, names):
+    shards, expected = several_kinds()
+    given = dict(zip(names, shards.values(), strict=True))
+    main(write_checkpoint(tmp_path / "in", given, CONFIG, index=False), tmp_path / "out")
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["weight_map"] == {
+        tensor: name for name, shard in zip(names, expected, strict=True)
+        for tensor in expected[shard]}
+    sizes = [tensor.nbytes for shard in expected.values() for tensor in shard.values()]
+    assert index["metadata"] == {"total_size": sum(sizes)}
+
+
+def test_several_shards_of_a_diffusers_model_without_an_index_get_one_of_its_name(tmp_path):
+    shards, _ = several_kinds()
+    stem = "diffusion_pytorch_model"
+    given = {name.replace("model", stem): shard for name, shard in shards.items()}
+    main(write_checkpoint(tmp_path / "in", given, CONFIG, index=False), tmp_path / "out")
+    assert {*contents(tmp_path / "out")} == {*given, f"{stem}.safetensors.index.json",
+                                             "config.json"}
+
+
+def test_a_numbered_shard_that_is_left_alone_gets_an_index(tmp_path):
+    """transformers finds a file of this name through an index only."""
+    given, expected = one_weight()
+    scale = given.pop("w.weight_scale_inv")
+    shards = {ONE: given, TWO: {"w.weight_scale_inv": scale}}
+    main(write_checkpoint(tmp_path / "in", shards, CONFIG, index=False), tmp_path / "out")
+    assert_holds(tmp_path / "out" / ONE, expected)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["weight_map"] == dict.fromkeys(sorted(expected), ONE)
+
+
+def test_a_config_of_another_context_length_loses_its_quantization(tmp_path):
+    config = {"quantization_config": FP8_CONFIG, "torch_dtype": "float16", "length": 10**6}
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    write_json(source / "config_1m.json", config)
+    main(source, tmp_path / "out")
+    edited = json.loads((tmp_path / "out/config_1m.json").read_text())
+    assert edited == {"torch_dtype": "bfloat16", "length": 10**6}
+
+
+def test_the_config_comes_after_that_of_another_context_length(tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    write_json(source / "config_1m.json", CONFIG)
+    names, replace = [], os.replace
+    monkeypatch.setattr(os, "replace",
+                        lambda old, new: (names.append(Path(new).name), replace(old, new)))
+    main(source, tmp_path / "out")
+    assert names == [SHARD, "config_1m.json", "config.json"]
+
+
 def test_config_describes_plain_bf16_weights(tmp_path):
     config = {
         "torch_dtype": "float8_e4m3fn",
@@ -101,7 +183,7 @@ def test_config_without_a_dtype_gets_none(tmp_path):
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
 def test_config_with_an_empty_dtype_says_bfloat16(tmp_path, key):
-    convert(tmp_path, {SHARD: {"x": torch.ones(1)}}, config={key: None, "hidden_size": 3})
+    convert(tmp_path, {SHARD: TENSORS}, config={key: None, "hidden_size": 3})
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config == {key: "bfloat16", "hidden_size": 3}
 
@@ -244,6 +326,124 @@ def test_files_of_a_folder_inside_a_snapshot_are_copied(tmp_path):
     assert (tmp_path / "out/tokenizer.json").read_text() == "t"
 
 
+def test_what_is_not_copied_is_named_with_its_size(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(1)}}, {})
+    (source / "optimizer.pt").write_bytes(bytes(2500))
+    (source / "global_step7").mkdir()
+    (source / "global_step7/state.json").write_bytes(bytes(1500))
+    main(source, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "optimizer.pt (2.50kB)" in printed
+    assert "global_step7" in printed
+
+
+@pytest.mark.parametrize("name", [
+    f".{ONE}.Ab3xYz",  # rsync, while it works
+    f"{ONE}.incomplete", "tokenizer.json.aria2", "notes.txt~", ".notes.txt.swp", "core.77",
+    "#notes.txt#",
+])
+def test_what_downloads_editors_and_crashes_leave_is_not_copied(tmp_path, capsys, name):
+    source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(1)}}, {})
+    (source / name).write_text("half")
+    main(source, tmp_path / "out")
+    assert {*contents(tmp_path / "out")} == {SHARD, INDEX, "config.json"}
+    assert name in capsys.readouterr().out
+
+
+def test_the_lock_that_emacs_leaves_does_not_end_the_run(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(1)}}, {})
+    (source / ".#config.json").symlink_to("user@host.123:456")
+    main(source, tmp_path / "out")
+    assert ".#config.json" in capsys.readouterr().out
+
+
+def test_a_folder_that_may_not_be_read_is_named_and_skipped(folder):
+    source = write_checkpoint(folder / "in", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    (source / "private").mkdir(mode=0)
+    done = as_nobody(folder, arguments(source))
+    assert done.returncode == 0, done.stderr
+    assert "Not copied: private\n" in done.stdout
+    assert {*contents(folder / "out")} == {SHARD, "config.json"}
+
+
+def test_a_folder_of_which_the_listing_fails_is_named_and_skipped(source, monkeypatch, capsys):
+    real = os.scandir
+    (source / "private").mkdir()
+
+    def refuse(path):
+        if Path(path).name == "private":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    main(source, source.parent / "out")
+    assert "Not copied: private\n" in capsys.readouterr().out
+
+
+def test_a_copy_that_was_cut_short_is_no_output(source, monkeypatch, capsys):
+    """As when a read would block, which shutil takes for the end."""
+    monkeypatch.setattr(shutil, "copyfileobj",
+                        lambda original, file: file.write(original.read(1)))
+    assert cli(arguments(source)) == 1
+    error = capsys.readouterr().err
+    assert error.endswith(
+        f"error: {source / 'tokenizer.json'}: was read only in part; try again\n")
+    assert {*contents(source.parent / "out")} == {ONE, TWO}
+
+
+class Blocking(io.FileIO):
+    """A file of which the reads would block."""
+
+    def readinto(self, buffer):
+        return None
+
+
+def test_a_side_file_whose_reads_would_block_is_no_output(source, monkeypatch, capsys):
+    def block(path, mode="r", *more, **options):
+        if Path(path) == source / "tokenizer.json":
+            return io.BufferedReader(Blocking(path))
+        return open(path, mode, *more, **options)
+
+    monkeypatch.setattr(fp8_cast_bf16, "open", block, raising=False)
+    assert cli(arguments(source)) == 1
+    assert f"error: {source / 'tokenizer.json'}: " in capsys.readouterr().err
+    assert "config.json" not in contents(source.parent / "out")
+
+
+def test_a_shard_whose_reads_would_block_is_no_output(source, monkeypatch, capsys):
+    real = fp8_cast_bf16.open_raw
+    monkeypatch.setattr(
+        fp8_cast_bf16, "open_raw",
+        lambda path, mode, *more: Blocking(path) if mode == "rb" else real(path, mode, *more))
+    assert cli(arguments(source)) == 1
+    assert "the file system has no data yet" in capsys.readouterr().err
+    assert not [name for name in contents(source.parent / "out") if name.endswith("tensors")]
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_shard_whose_reads_block_once_in_a_while_is_read_or_reported(
+    source, out, monkeypatch, capsys, times
+):
+    expected, left = contents(out), [times]
+    shutil.rmtree(out)
+
+    class Slow(io.FileIO):
+        def readinto(self, buffer):
+            left[0] -= 1
+            return super().readinto(buffer) if left[0] < 0 else None
+
+    real = fp8_cast_bf16.open_raw
+    monkeypatch.setattr(
+        fp8_cast_bf16, "open_raw",
+        lambda path, mode, *more: Slow(path) if mode == "rb" else real(path, mode, *more))
+    capsys.readouterr()
+    if cli(arguments(source)):
+        assert "the file system has no data yet" in capsys.readouterr().err
+        monkeypatch.undo()
+        assert cli(arguments(source)) == 0
+    assert contents(out) == expected
+
+
 def test_side_files_that_cannot_be_read_are_named(source, monkeypatch, capsys):
     real = shutil.copyfileobj
 
@@ -267,6 +467,167 @@ def test_files_beside_the_shards_are_made_right_again(source, out):
 
 
 # --- what is in the output already ---
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", INDEX, "params.json",
+                                  "hf_quant_config.json", "draft/config.json"])
+def test_somebody_elses_file_in_the_output_is_refused_by_name_and_untouched(
+    source, tmp_path, capsys, name
+):
+    write_checkpoint(source / "draft", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    write_json(tmp_path / "out" / name, {"mine": 1})
+    before = contents(tmp_path)
+    for more in ([], ["--dry-run"]):
+        assert cli(arguments(source, *more)) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {tmp_path / 'out'}: holds ")
+        assert name in error
+        assert contents(tmp_path) == before
+
+
+def test_files_in_the_output_that_are_as_they_should_be_are_no_obstacle(source, out):
+    expected = contents(out)
+    for shard in (ONE, TWO):
+        (out / shard).unlink()
+    main(source, out)
+    assert contents(out) == expected
+
+
+def test_side_files_that_someone_has_edited_are_named_when_they_are_replaced(source, out, capsys):
+    expected = contents(out)
+    (out / "tokenizer.json").write_text("[]")
+    (out / "config.json").write_text("{\"mine\": 1}")
+    capsys.readouterr()
+    main(source, out)
+    printed = capsys.readouterr().out
+    (line,) = [line for line in printed.splitlines() if line.startswith("To be replaced")]
+    assert "tokenizer.json" in line and "config.json" in line
+    assert contents(out) == expected
+
+
+@pytest.mark.parametrize("more", [[], ["--verify"], ["--dry-run"]])
+def test_what_macos_leaves_in_the_output_is_ignored(source, out, capsys, more):
+    names = ["._config.json", f"._{ONE}", f"._{INDEX}", ".DS_Store"]
+    for name in names:
+        (out / name).write_bytes(b"\0\5\26\7")
+    before = contents(out)
+    assert cli(arguments(source, *more)) == 0
+    assert contents(out) == before
+    (out / TWO).unlink()
+    if more != ["--verify"]:
+        assert cli(arguments(source, *more)) == 0
+        assert {*contents(out)} >= {*names}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_temporary_files_of_others_below_the_output_are_left_alone(source, tmp_path, kind):
+    mine = tmp_path / "out/notes/draft.tmp"
+    if kind == "file":
+        mine.parent.mkdir(parents=True)
+        mine.write_text("mine")
+    else:
+        mine.mkdir(parents=True)
+    main(source, tmp_path / "out")
+    assert mine.exists()
+    assert (tmp_path / "out/config.json").exists()
+
+
+# --- folders ---
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A checkpoint with another one in a folder, which has no file beside shards and config."""
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight("a")[0]}, CONFIG, index=False)
+    write_checkpoint(source / "draft", {SHARD: one_weight("b", 1)[0]}, CONFIG, index=False)
+    return source
+
+
+def test_the_config_of_the_root_is_removed_before_any_shard_and_comes_last(several, monkeypatch):
+    out, events = several.parent / "out", []
+    main(several, out)
+    for folder, stem in ((several, "a"), (several / "draft", "b")):
+        save_file(one_weight(stem, 3)[0], folder / SHARD, metadata={"format": "pt"})
+    unlink, replace = os.unlink, os.replace
+
+    def name_of(path):
+        return Path(path).relative_to(out).as_posix()
+
+    def log_unlink(path, *more, **options):
+        events.extend([("removed", name_of(path))] * os.path.lexists(path))
+        unlink(path, *more, **options)
+
+    def log_replace(old, new):
+        events.append(("replaced", name_of(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "unlink", log_unlink)
+    monkeypatch.setattr(os, "replace", log_replace)
+    main(several, out)
+    events = [(what, name) for what, name in events if not name.endswith(".tmp")]
+    configs = ["draft/config.json", "config.json"]
+    assert {*events[:2]} == {("removed", name) for name in configs}
+    assert {*events[2:4]} == {("replaced", SHARD), ("replaced", f"draft/{SHARD}")}
+    assert events[4:] == [("replaced", name) for name in configs]
+
+
+def test_shards_in_folders_are_safe_on_disk_before_a_config_says_that_all_is_there(
+    several, monkeypatch
+):
+    out, events, fsync, replace = several.parent / "out", [], os.fsync, os.replace
+
+    def log_fsync(number):
+        events.append(("synced", Path(os.readlink(f"/proc/self/fd/{number}"))))
+        fsync(number)
+
+    def log_replace(old, new):
+        events.append(("replaced", Path(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(os, "replace", log_replace)
+    main(several, out)
+    for name in (SHARD, f"draft/{SHARD}"):
+        begin = events.index(("replaced", out / name))
+        end = min(events.index(("replaced", out / config))
+                  for config in ("config.json", "draft/config.json"))
+        assert ("synced", (out / name).parent) in events[begin:end], name
+    last = events.index(("replaced", out / "config.json"))
+    assert ("synced", out / "draft") in events[events.index(
+        ("replaced", out / "draft/config.json")):last]
+
+
+def test_a_shard_in_a_folder_that_another_job_has_named_is_no_error(several, monkeypatch):
+    out, replace = several.parent / "out", os.replace
+
+    def twice(old, new):
+        replace(old, new)
+        if Path(new) == out / "draft" / SHARD:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(old))
+
+    monkeypatch.setattr(os, "replace", twice)
+    main(several, out)
+    main(several, out, verify=True)
+
+
+def test_a_foreign_shard_in_a_folder_of_the_output_is_refused(several, tmp_path):
+    (tmp_path / "out/draft").mkdir(parents=True)
+    save_file({"x": torch.ones(1)}, tmp_path / "out/draft/mine.safetensors")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match=r"out: holds draft/mine\.safetensors"):
+        main(several, tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_of_the_output_that_is_a_link_is_refused(several, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/draft").symlink_to("../elsewhere")
+    before = contents(tmp_path)
+    with pytest.raises(CheckpointError, match="draft: is a link out of the output"):
+        main(several, tmp_path / "out")
+    assert contents(tmp_path) == before
+
 
 
 def test_stale_signs_of_quantization_are_removed_from_the_output(tmp_path):
@@ -413,6 +774,96 @@ def test_files_are_not_written_through_links_in_the_output(tmp_path):
 # --- the lock, permission and space ---
 
 
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--verify"]])
+def test_a_complete_output_of_another_user_needs_nothing(folder, more):
+    source = write_checkpoint(folder / "in", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    main(source, folder / "out")
+    before, old = contents(folder), stamps(folder / "out")
+    done = as_nobody(folder, arguments(source, *more))
+    assert done.returncode == 0, done.stderr
+    if not more:
+        assert done.stdout.endswith("Nothing to do: the output is complete\n")
+    assert (contents(folder), stamps(folder / "out")) == (before, old)
+
+
+def test_an_incomplete_output_of_another_user_is_refused(folder):
+    source = write_checkpoint(folder / "in", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    main(source, folder / "out")
+    (folder / "out/config.json").unlink()
+    before = contents(folder)
+    done = as_nobody(folder, arguments(source))
+    assert done.returncode == 1
+    assert f"error: {folder / 'out'}: is not a writable directory" in done.stderr
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("more", [{}, {"dry_run": True}])
+def test_a_complete_output_that_may_not_be_written_needs_nothing(
+    source, out, monkeypatch, capsys, more
+):
+    access, before = os.access, stamps(out)
+    monkeypatch.setattr(os, "access",
+                        lambda path, mode: not mode & os.W_OK and access(path, mode))
+    capsys.readouterr()
+    main(source, out, **more)
+    if not more:
+        assert capsys.readouterr().out.endswith("Nothing to do: the output is complete\n")
+    assert stamps(out) == before
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_that_does_not_sync_folders_is_no_failure(source, monkeypatch, number):
+    real = os.fsync
+
+    def refuse(file):
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(number, os.strerror(number))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    main(source, source.parent / "out")
+    main(source, source.parent / "out", verify=True)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_file_that_is_not_synced_is_a_failure(source, monkeypatch, capsys, number):
+    real = os.fsync
+
+    def refuse(file):
+        if not os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(number, os.strerror(number))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert cli(arguments(source)) == 1
+    assert os.strerror(number) in capsys.readouterr().err
+    assert contents(source.parent / "out") == {}
+
+
+def test_a_folder_that_the_disk_fails_to_sync_is_a_failure(source, monkeypatch, capsys):
+    real = os.fsync
+
+    def refuse(file):
+        if os.path.isdir(f"/proc/self/fd/{file}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert cli(arguments(source)) == 1
+    assert os.strerror(errno.EIO) in capsys.readouterr().err
+    assert not (source.parent / "out/config.json").exists()
+
+
+def test_a_file_system_that_does_not_know_its_size_is_warned_about_and_used(
+    source, monkeypatch, capsys
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+    main(source, source.parent / "out")
+    assert "an unknown number of bytes free" in capsys.readouterr().out
+    main(source, source.parent / "out", verify=True)
+
+
+
 def test_a_second_run_on_the_same_output_is_refused(source, capsys):
     out = source.parent / "out"
     out.mkdir()
@@ -446,7 +897,8 @@ def test_what_is_there_already_needs_no_space(source, out, monkeypatch):
     expected = contents(out)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 10**5))
     main(source, out)
-    (out / TWO).rename(out / f"{TWO}.tmp")  # its space is free again with the leftover gone
+    # Its space is free again with the leftover gone.
+    (out / TWO).rename(out / f"{TWO}.{'0' * 16}.tmp")
     main(source, out)
     assert contents(out) == expected
     (out / TWO).unlink()

@@ -146,6 +146,43 @@ def test_any_number_of_ranks_makes_the_same_bytes(folder, ranks):
     assert again.stdout.endswith("Nothing to do: the output is complete\n")
 
 
+def test_ranks_make_the_folders_of_a_checkpoint_as_one_process_does(tmp_path):
+    make_checkpoint(tmp_path / "in", 10**6, 3)
+    write_checkpoint(tmp_path / "in/draft", several_kinds()[0], CONFIG)
+    (tmp_path / "in/draft/tokenizer.json").write_text("{}")
+    main(tmp_path / "in", tmp_path / "expected")
+    done = run(2, script(tmp_path), "--report", str(tmp_path / "report.json"))
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert f"draft/{ONE}" in {name for share in shares(tmp_path, 2) for name, _ in share}
+    assert done.stdout.count("Converted 5 shards") == 1
+    done = run(2, script(tmp_path), "--verify")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Verified ") == 1
+    (tmp_path / "out/draft" / TWO).unlink()
+    done = run(2, script(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_several_processes_without_torchrun_are_told_so(folder):
+    environment = {**os.environ, "OMPI_COMM_WORLD_RANK": "1", "SLURM_PROCID": "1"}
+    path = script(folder, "time.sleep(0.05)")
+    command = [sys.executable, str(path), *arguments(folder / "in", *CPU)]
+    environment |= {"RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    try:
+        while not list(folder.glob("out/*.safetensors.*.tmp")):
+            assert first.poll() is None
+            time.sleep(0.01)
+        second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    finally:
+        assert first.wait() == 0
+    assert second.returncode == 1
+    assert "Started several times? Start it once, or with torchrun" in second.stderr
+    assert contents(folder / "out") == contents(folder / "expected")
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_loses_nothing(folder, killed):
     disturb = (

@@ -18,9 +18,11 @@ from checkpoints import (
     SHARD,
     TWO,
     arguments,
+    assert_holds,
     contents,
     finite_codes,
     metadata_of,
+    one_weight,
     several_kinds,
     stamps,
     write_checkpoint,
@@ -217,10 +219,127 @@ def test_a_shard_of_ours_that_is_not_as_planned_is_replaced_and_named(source, ou
     assert contents(out) == expected
 
 
+def test_a_resumed_runs_summary_counts_what_it_wrote_and_what_was_there(source, out, capsys):
+    (out / TWO).unlink()
+    size = (out / ONE).stat().st_size
+    capsys.readouterr()
+    main(source, out)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Converted 2 shards (1 was there already), 6 tensors: ")
+    assert f" {fp8_cast_bf16.sized((out / TWO).stat().st_size)} written in " in last
+    assert (out / TWO).stat().st_size != size
+    assert ", limited by " in last
+
+
+def test_a_run_that_wrote_no_shard_is_not_limited_by_anything(source, out, capsys):
+    (out / "config.json").unlink()
+    capsys.readouterr()
+    main(source, out)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Converted 2 shards (2 were there already), 6 tensors: ")
+    assert "limited by" not in last
+
+
+@pytest.mark.parametrize("before, status", [(None, "converted"), (ONE, "converted"),
+                                            ("config.json", "converted"), ("nothing", "complete")])
+def test_the_reports_status_says_what_became_of_the_output(source, tmp_path, before, status):
+    if before:
+        main(source, tmp_path / "out")
+        (tmp_path / "out" / before).unlink(missing_ok=True)
+    main(source, tmp_path / "out", report=tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["status"] == status
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", report["date"])
+    assert report["versions"]["fp8_cast_bf16"] == fp8_cast_bf16.VERSION
+
+
+def test_a_dry_run_of_a_missing_output_is_not_reported_as_complete(source, tmp_path):
+    main(source, tmp_path / "out", dry_run=True, report=tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["status"] == "planned"
+
+
+# --- folders ---
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A checkpoint with a draft model and its tokenizer in a folder, and what is made of it."""
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight("a")[0]}, CONFIG, index=False)
+    write_checkpoint(source / "draft", {SHARD: one_weight("b", 1)[0]}, CONFIG, index=False)
+    (source / "draft/tokenizer.json").write_text("{}")
+    main(source, tmp_path / "out")
+    return source
+
+
+def test_a_complete_output_with_folders_is_left_as_it_is(several, tmp_path, capsys):
+    before = stamps(tmp_path / "out"), stamps(tmp_path / "out/draft")
+    capsys.readouterr()
+    main(several, tmp_path / "out")
+    assert capsys.readouterr().out.endswith("Nothing to do: the output is complete\n")
+    assert (stamps(tmp_path / "out"), stamps(tmp_path / "out/draft")) == before
+
+
+@pytest.mark.parametrize("gone", [SHARD, f"draft/{SHARD}", "draft/config.json", "config.json",
+                                  "draft/tokenizer.json", "draft"])
+def test_what_is_missing_in_a_folder_is_made_and_the_rest_kept(several, tmp_path, gone):
+    out = tmp_path / "out"
+    expected, kept = contents(out), (out / SHARD).stat().st_ino
+    shutil.rmtree(out / gone) if (out / gone).is_dir() else (out / gone).unlink()
+    main(several, out)
+    assert contents(out) == expected
+    assert gone == SHARD or (out / SHARD).stat().st_ino == kept
+    main(several, out, verify=True)
+
+
+def test_an_output_without_a_folders_config_is_not_complete(several, tmp_path, capsys):
+    (tmp_path / "out/draft/config.json").unlink()
+    main(several, tmp_path / "out", report=tmp_path / "r.json", dry_run=True)
+    assert json.loads((tmp_path / "r.json").read_text())["status"] == "planned"
+
+
+def test_another_draft_replaces_the_shard_in_its_folder_only(several, tmp_path, capsys):
+    kept = (tmp_path / "out" / SHARD).stat().st_ino
+    write_checkpoint(several / "draft", {SHARD: one_weight("b", 5)[0]}, CONFIG, index=False)
+    capsys.readouterr()
+    main(several, tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert f"read differently): draft/{SHARD}\n" in printed
+    assert (tmp_path / "out" / SHARD).stat().st_ino == kept
+    assert_holds(tmp_path / "out/draft" / SHARD, one_weight("b", 5)[1])
+
+
+def test_leftovers_of_a_killed_run_in_a_folder_are_removed(several, tmp_path):
+    expected = contents(tmp_path / "out")
+    for name in (f"{SHARD}.{'0' * 16}.tmp", "config.json.fp8_cast_bf16.tmp"):
+        (tmp_path / "out/draft" / name).write_text("half")
+    main(several, tmp_path / "out")
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_dry_run_with_folders_writes_nothing(several, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "out")
+    before = contents(tmp_path)
+    capsys.readouterr()
+    main(several, tmp_path / "out", dry_run=True)
+    assert "Input: 2 shards, 6 tensors, " in capsys.readouterr().out
+    assert contents(tmp_path) == before
+
+
+def test_weights_of_one_name_in_two_folders_are_both_listed(tmp_path, capsys):
+    kept = {"w.weight": finite_codes(4, 4), **{f"x{i}": torch.ones(1) for i in range(9)}}
+    source = write_checkpoint(tmp_path / "in", {SHARD: kept}, {}, index=False)
+    draft = {"w.weight": finite_codes(4, 4), "y": torch.ones(1)}
+    write_checkpoint(source / "draft", {SHARD: draft}, {}, index=False)
+    main(source, tmp_path / "out", report=tmp_path / "r.json")
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("2 weights are still FP8: ")
+    assert len(json.loads((tmp_path / "r.json").read_text())["kept_in_fp8"]) == 2
+
+
 def test_leftovers_of_a_killed_run_are_removed(source, out):
     expected = contents(out)
-    for name in (ONE, f"{ONE}.{'0' * 16}", INDEX, "config.json", "tokenizer.json",
-                 "fp8_cast_bf16123"):
+    for name in (f"{ONE}.{'0' * 16}", f"{INDEX}.fp8_cast_bf16", "config.json.fp8_cast_bf16",
+                 "tokenizer.json.fp8_cast_bf16", "probe123.fp8_cast_bf16"):
         (out / f"{name}.tmp").write_text("half")
     main(source, out)
     assert contents(out) == expected

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from checkpoints import (
     load_checkpoint,
     method,
     nvfp4,
+    one_weight,
     several_kinds,
     write_checkpoint,
 )
@@ -58,7 +60,7 @@ def differences(folders, capsys):
     assert error.startswith(f"error: {out}: differs from what the input gives in {len(lines) - at} "
                             f"place{'s' * (len(lines) - at > 1)}; ")
     shards = {line.partition(": ")[0] for line in lines[at:] if ": element " in line}
-    assert ("delete " in error) == bool(shards)
+    assert "delete " in error or not shards
     assert all(shard in error for shard in shards)
     return [re.sub(r"^\S+\.safetensors: (?=.*: element )", "", line) for line in lines[at:]]
 
@@ -261,8 +263,156 @@ def test_an_output_that_is_not_there_or_broken_is_an_error_with_its_name(folders
     with pytest.raises(CheckpointError, match=f"{source.parent / 'none'}: no such folder"):
         main(source, source.parent / "none", verify=True)
     (out / TWO).write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=f"{TWO}: not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=f"delete {TWO} and run the same command"):
         main(source, out, verify=True)
+    assert f"{TWO}: not a whole safetensors file" in capsys.readouterr().out
+
+
+# --- what is found is mended by the command that is named ---
+
+
+def verified(source, capsys):
+    """Verify; return the exit status and the last line about it."""
+    capsys.readouterr()
+    status = cli(arguments(source, "--verify"))
+    printed = capsys.readouterr()
+    return status, printed.err.splitlines()[-1] if status else printed.out.splitlines()[-1]
+
+
+def follow(source, line):
+    """Do what a message says: delete files, and run the same command again."""
+    out = source.parent / "out"
+    if found := re.search(r"delete (.*?) and run", line):
+        for name in found[1].split(", "):
+            (out / name).unlink()
+    assert "run the same command" in line
+    assert cli(arguments(source)) == 0
+
+
+def flip(path, at=-1):
+    """Change one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def mend(folders, capsys):
+    source = folders[0]
+    status, line = verified(source, capsys)
+    assert status == 1
+    follow(source, line)
+    status, line = verified(source, capsys)
+    assert (status, line.partition(":")[0]) == (0, "Verified 7 tensors")
+
+
+@pytest.mark.parametrize("damaged", [[ONE], [TWO], [ONE, TWO]])
+def test_damaged_shards_are_mended_by_the_command_that_verify_names(folders, capsys, damaged):
+    expected = contents(folders[1])
+    for name in damaged:
+        flip(folders[1] / name)
+    mend(folders, capsys)
+    assert contents(folders[1]) == expected
+
+
+@pytest.mark.parametrize("damaged", [INDEX, "config.json"])
+def test_damaged_texts_are_mended_by_the_command_that_verify_names(folders, capsys, damaged):
+    expected = contents(folders[1])
+    edit_json(folders[1] / damaged, lambda value: value.update(weight_map={}, dtype="float16"))
+    mend(folders, capsys)
+    assert contents(folders[1]) == expected
+
+
+def test_damage_of_all_shards_and_the_config_is_mended_by_the_command_that_verify_names(
+    folders, capsys
+):
+    expected = contents(folders[1])
+    for name in (ONE, TWO):
+        flip(folders[1] / name)
+    edit_json(folders[1] / "config.json", lambda config: config.update(dtype="float16"))
+    mend(folders, capsys)
+    assert contents(folders[1]) == expected
+
+
+@pytest.mark.parametrize("how", ["cut", "no header", "gone"])
+def test_a_shard_that_is_not_whole_is_mended_by_the_command_that_verify_names(
+    folders, capsys, how
+):
+    path, expected = folders[1] / ONE, contents(folders[1])
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(expected[ONE][:-1] if how == "cut" else bytes(len(expected[ONE])))
+    mend(folders, capsys)
+    assert contents(folders[1]) == expected
+
+
+def test_a_tensor_that_is_missing_in_a_shard_is_mended_by_the_command_that_verify_names(
+    folders, capsys
+):
+    expected = contents(folders[1])
+    rewrite(folders[1], lambda tensors: tensors.pop("bias"))
+    mend(folders, capsys)
+    assert contents(folders[1]) == expected
+
+
+def test_a_damaged_shard_of_a_folder_is_mended_by_the_command_that_verify_names(
+    tmp_path, capsys
+):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight("a")[0]}, {}, index=False)
+    write_checkpoint(source / "draft", {SHARD: one_weight("b")[0]}, {}, index=False)
+    main(source, tmp_path / "out")
+    expected = contents(tmp_path / "out")
+    flip(tmp_path / "out/draft" / SHARD)
+    status, line = verified(source, capsys)
+    assert status == 1
+    assert f"delete draft/{SHARD} and run the same command" in line
+    follow(source, line)
+    assert verified(source, capsys)[0] == 0
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("gone", ["draft", f"draft/{SHARD}", "draft/config.json"])
+def test_what_is_missing_in_a_folder_is_found_and_named_with_it(tmp_path, capsys, gone):
+    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight("a")[0]}, {}, index=False)
+    write_checkpoint(source / "draft", {SHARD: one_weight("b")[0]}, {}, index=False)
+    main(source, tmp_path / "out")
+    path = tmp_path / "out" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    capsys.readouterr()
+    assert cli(arguments(source, "--verify")) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if " is missing" in line]
+    assert lines
+    assert all(line.startswith("draft/") for line in lines)
+    main(source, tmp_path / "out")
+    main(source, tmp_path / "out", verify=True)
+
+
+def test_a_hundred_differences_are_said_in_20_lines_and_all_stand_in_the_report(
+    tmp_path, capsys
+):
+    tensors = {f"t{i:03}": torch.zeros(4) for i in range(100)}
+    source = write_checkpoint(tmp_path / "in", {SHARD: tensors}, {}, index=False)
+    main(source, tmp_path / "out")
+    rewrite(tmp_path / "out", lambda tensors: [t.fill_(1) for t in tensors.values()], SHARD)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    assert cli(arguments(source, "--verify", "--report", str(tmp_path / "r.json"))) == 1
+    printed = capsys.readouterr()
+    assert len((printed.out + printed.err).splitlines()) <= 20
+    assert "in 100 places" in printed.err
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert len(report["differences"]) == 100
+    assert (report["status"], report["damaged_shards"]) == ("different", [SHARD])
+    (tmp_path / "r.json").unlink()
+    assert contents(tmp_path) == before
+
+
+def test_verifying_does_not_speak_of_a_device_that_was_asked_for(folders, capsys):
+    capsys.readouterr()
+    assert cli(arguments(folders[0], "--verify")) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Verifying on the CPU, ")
+    assert "as asked" not in printed
 
 
 def test_verifying_shares_no_decoding_with_converting(folders, capsys, monkeypatch):
