@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from importlib import metadata
 from pathlib import Path
 
@@ -114,6 +115,8 @@ def run(source: Path, out: Path, log: Path, layer: Layer | None = None, workers:
         status = fp8_cast_bf16.cli(arguments(source, *options, out=out))
         if layer and layer.kind is None:
             os.write(1, f"\ncalls {len(layer.calls)}".encode())
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
