@@ -488,8 +488,10 @@ def stopped(folder, number, prefix):
     write_raw(folder / "in" / SHARD, {"s.weight": ("F8_E4M3", [size, 1 << 13]),
                                       "s.weight_scale_inv": ("F32", [size >> 7, 1 << 6])})
     command = [*prefix, *SCRIPT, *arguments(folder / "in")]
+    # These tests may run under nohup, whose children ignore the signal.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+                               stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     while not list(folder.glob("out/*.tmp")):
         assert process.poll() is None
         time.sleep(0.01)
