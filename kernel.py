@@ -20,7 +20,7 @@ import torch
 
 BF16_NAN = 0x7FC0
 # Elements of a piece on the CPU, for which a thread keeps 8 bytes of scratch each.
-MAX_PIECE = 1 << 18
+MAX_PIECE = 1 << 20
 MAX_SCALE = 2.0**100  # On the CPU no product with a smaller scale overflows.
 SCRATCH = threading.local()
 NONE_COUNTED = torch.zeros(2, dtype=torch.int64)  # Neither NaN nor infinities.
