@@ -450,6 +450,16 @@ class Part(NamedTuple):
     checkpoint: Checkpoint
 
 
+@contextmanager
+def advising_move(root: Path, folder: Path):
+    """Add to a CheckpointError about a folder below the root that it may be moved out."""
+    try:
+        yield
+    except CheckpointError as error:
+        inside = f"; or move {folder} out of {root}" if folder != Path() else ""
+        raise CheckpointError(f"{error}{inside}") from error
+
+
 def skip_unreadable(error: OSError) -> None:
     """Let os.walk skip a folder that may not be read, and only such."""
     if not isinstance(error, PermissionError):
@@ -481,11 +491,8 @@ def find_checkpoints(root: Path) -> tuple[list[Part], list[str]]:
                   and (name.endswith(".safetensors") or fnmatch.fnmatchcase(name, INDEX_PATTERN))}
         if place != Path() and (not shards or shards & taken):
             continue  # What an index does not name there is judged with what stands beside shards.
-        try:
+        with advising_move(root, place):
             checkpoint = load_checkpoint(root / place, top=root)
-        except CheckpointError as error:
-            inside = f"; or move {place} out of {root}" if place != Path() else ""
-            raise CheckpointError(f"{error}{inside}") from error
         taken |= {str(place / name) for name in checkpoint.shards}
         parts.append(Part(place, checkpoint))
     if not any(part.checkpoint.shards for part in parts):
@@ -1371,11 +1378,8 @@ def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
     for folder, checkpoint in parts:
         if any(folder.is_relative_to(other) for other in others):
             continue
-        try:
+        with advising_move(root, folder):
             reading = read_formats(checkpoint)
-        except CheckpointError as error:
-            inside = f"; or move {folder} out of {root}" if folder != Path() else ""
-            raise CheckpointError(f"{error}{inside}") from error
         missing = reading.missing
         if missing and missing_scale == "error":
             raise missing[0].error(f"has no scale, one of {len(missing)} weights; --missing-scale "
@@ -1801,7 +1805,7 @@ class Output:
     def __init__(self, shard: Shard, root: Path, direct: int):
         self.shard, self.direct, self.root = shard, direct, root
         self.final = root / shard.name
-        self.name, self.path, self.header = shard.name, None, b""
+        self.path, self.header = None, b""
         self.lock, self.left = threading.Lock(), ceil_div(shard.size, WINDOW)
 
     def begin(self, worker: Worker) -> None:
@@ -2141,6 +2145,16 @@ def differences(got: dict[str, str], expected: dict[str, str], where: str = "") 
                    f"{expected.get(key, 'none')[:200]}")
 
 
+def complete_index(index: dict, tensors: Iterable[Tensor], folder: Path) -> dict:
+    """Return an index with the paths of these tensors from a folder, and their size."""
+    meta, tensors = index.get("metadata"), sorted(tensors, key=lambda tensor: tensor.name)
+    return index | {
+        "metadata": {**(meta if isinstance(meta, dict) else {}),
+                     "total_size": sum(tensor.size for tensor in tensors)},
+        "weight_map": {tensor.name: tensor.path.relative_to(folder).as_posix()
+                       for tensor in tensors}}
+
+
 def differing_texts(result: Checkpoint, part: PlannedPart, side: SideFiles,
                     where: str) -> Iterator[str]:
     """Yield what is wrong with the index and the configs of a folder of the output."""
@@ -2156,12 +2170,7 @@ def differing_texts(result: Checkpoint, part: PlannedPart, side: SideFiles,
             expected = json.loads(planned.get(name, "{}"))
             yield from differences(flattened(result.files[name]), flattened(expected), f"{name}: ")
     if index := result.files.get(index_name):
-        meta = index.get("metadata")
-        paths = {name: tensor.path.relative_to(result.root).as_posix()
-                 for name, tensor in result.tensors.items()}
-        expected = index | {"weight_map": paths, "metadata": {
-            **(meta if isinstance(meta, dict) else {}),
-            "total_size": sum(tensor.size for tensor in result.tensors.values())}}
+        expected = complete_index(index, result.tensors.values(), result.root)
         yield from differences(flattened(index), flattened(expected), f"{index_name}: ")
 
 
@@ -2305,12 +2314,7 @@ def bf16_texts(part: PlannedPart) -> dict[str, str]:
     outputs = [step.output for shard in part.shards for step in shard.steps]
     index = checkpoint.files.get(checkpoint.index_name, {} if len(checkpoint.shards) > 1 else None)
     if index is not None:
-        meta = index.get("metadata")
-        paths = {output.name: output.path.relative_to(part.folder).as_posix() for output in outputs}
-        values[checkpoint.index_name] = index | {
-            "metadata": {**(meta if isinstance(meta, dict) else {}),
-                         "total_size": sum(output.size for output in outputs)},
-            "weight_map": dict(sorted(paths.items()))}
+        values[checkpoint.index_name] = complete_index(index, outputs, part.folder)
     if PARAMS_NAME in checkpoint.files:
         values[PARAMS_NAME] = {key: value for key, value in checkpoint.files[PARAMS_NAME].items()
                                if key not in ["quantization", *QUANTIZATION_KEYS]}
@@ -2725,7 +2729,7 @@ class Report:
     warnings: list[str]
     status: str = "planned"
     date: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
     shards_already_there: list[str] = field(default_factory=list)
     bytes_written: int = 0
     NaN: dict[str, int] = field(default_factory=dict)
@@ -2740,8 +2744,8 @@ def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
     steps = [*plan.steps]
     tensors = [tensor for part in plan.parts for tensor in part.checkpoint.tensors.values()]
     kinds = Counter(kind_of(step) for step in steps if step.quantization)
-    missing = {kind: plan.missing if kind == options.missing_scale
-               else [] for kind in MISSING_SCALE}
+    missing = {kind: plan.missing if kind == options.missing_scale else []
+               for kind in MISSING_SCALE}
     warnings = [f"{part.checkpoint.root}: has no {CONFIG_NAME}, so nothing can load the output"
                  for part in plan.parts if not {CONFIG_NAME, PARAMS_NAME} & {*part.checkpoint.files}
                  and any(Path(shard.name).name.startswith("model") for shard in part.shards)]
@@ -2764,7 +2768,7 @@ def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
 
 
 def tell_plan(report: Report) -> None:
-    """Say what will be done."""
+    """Print the plan and its warnings."""
     for title, numbers in (("Input", report.input), ("Output", report.output)):
         shards, tensors = (counted(numbers[f"{noun}s"], noun) for noun in ("shard", "tensor"))
         say(f"{title}: {shards}, {tensors}, {sized(numbers['bytes'])}")
@@ -2785,7 +2789,7 @@ def tell_plan(report: Report) -> None:
 
 
 def tell_state(state: OutputState, plan: Plan, options: Options, record: Report) -> None:
-    """Say what is there and what there is room for. Raises CheckpointError if too little."""
+    """Print what is there and what there is room for. Raises CheckpointError if too little."""
     out = options.output
     record.shards_already_there = sorted(state.done)
     record.status = "complete" if state.complete else "planned"
@@ -2858,10 +2862,8 @@ def prepare(plan: Plan, side: SideFiles, options: Options, record: Report,
     tell_state(state, plan, options, record)
     if options.dry_run or (record.status == "complete" and not several):
         return state.done
-    for folder in {out, *(out / part.folder for part in plan.parts)}:
-        folder.mkdir(parents=True, exist_ok=True)
-    for shard in plan.shards:
-        (out / shard.name).parent.mkdir(exist_ok=True, parents=True)
+    for name in [*side.texts, *(shard.name for shard in plan.shards)]:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(out))
     for path in [*(out / name for name in side.texts), *state.stale]:
         # Another rank may be writing a temporary file.
