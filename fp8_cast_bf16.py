@@ -46,7 +46,7 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -346,17 +346,16 @@ def find_shards(root: Path, index_name: str, index: dict | None) -> list[str]:
         shards = [name for name in shards if not is_like(name, [*OTHER_SETS, ADAPTER])] or shards
         if strange := [name for name in shards if not name.isprintable()]:
             raise CheckpointError(f"{root}: holds a shard called {strange[0]!r}; rename it")
-    else:
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{root / index_name}: has no weight_map; download it again")
-        for name, shard in weight_map.items():
-            named = isinstance(shard, str) and re.fullmatch(r"[^\\\0]+\.safetensors", shard)
-            if not named or {"", ".", ".."} & {*shard.split("/")}:
-                raise CheckpointError(f"{root / index_name}: puts {name} into {shard!r}; expected "
-                                      "a *.safetensors file beside it or below")
-        shards = sorted(set(weight_map.values()))
-    return shards
+        return shards
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{root / index_name}: has no weight_map; download it again")
+    for name, shard in weight_map.items():
+        named = isinstance(shard, str) and re.fullmatch(r"[^\\\0]+\.safetensors", shard)
+        if not named or {"", ".", ".."} & {*shard.split("/")}:
+            raise CheckpointError(f"{root / index_name}: puts {name} into {shard!r}; expected "
+                                  "a *.safetensors file beside it or below")
+    return sorted(set(weight_map.values()))
 
 
 def check_whole(root: Path, shards: list[str]) -> None:
@@ -443,13 +442,6 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
     return Checkpoint(root, shards, tensors, index_name, files)
 
 
-class Part(NamedTuple):
-    """A checkpoint in a folder of the input, by its path from there."""
-
-    folder: Path
-    checkpoint: Checkpoint
-
-
 @contextmanager
 def advising_move(root: Path, folder: Path):
     """Add to a CheckpointError about a folder below the root that it may be moved out."""
@@ -466,7 +458,7 @@ def skip_unreadable(error: OSError) -> None:
         raise error
 
 
-def find_checkpoints(root: Path) -> tuple[list[Part], list[str]]:
+def find_checkpoints(root: Path) -> tuple[list[Checkpoint], list[str]]:
     """Return the checkpoints in a folder and below it, its own first, and what is no part of them.
 
     A draft model or the parts of a pipeline stand in folders of their own; each that holds shards
@@ -479,7 +471,7 @@ def find_checkpoints(root: Path) -> tuple[list[Part], list[str]]:
         raise CheckpointError(f"{root}: no such folder, or it is not readable; {hint}")
     if root.name.startswith("models--") and (root / "snapshots").is_dir():
         raise CheckpointError(f"{root}: is the cache of a repository; give its snapshots/HASH")
-    parts, others, taken = [], [], set()
+    found, others, taken = [], [], set()
     for folder, folders, names in os.walk(root, onerror=skip_unreadable):
         folders[:] = sorted(name for name in folders if name not in TOOL_FOLDERS)
         place = Path(folder).relative_to(root)
@@ -494,10 +486,10 @@ def find_checkpoints(root: Path) -> tuple[list[Part], list[str]]:
         with advising_move(root, place):
             checkpoint = load_checkpoint(root / place, top=root)
         taken |= {str(place / name) for name in checkpoint.shards}
-        parts.append(Part(place, checkpoint))
-    if not any(part.checkpoint.shards for part in parts):
+        found.append(checkpoint)
+    if not any(checkpoint.shards for checkpoint in found):
         raise CheckpointError(f"{root}: holds no *.safetensors; give the checkpoint's folder")
-    return parts, others
+    return found, others
 
 
 # --- formats: how weights are stored; a new format is a row here, and a test in test_formats.py ---
@@ -509,7 +501,6 @@ def words(text: str) -> frozenset[str]:
 
 F8, SMALL_FLOATS = words("F8_E4M3 F8_E5M2"), words("F8_E4M3")
 FLOATS, EXPONENTS = words("F32 BF16 F16"), words("F8_E8M0 U8")  # U8: 2 ** (byte - 127), too
-NUMBER_FORMATS = {"F8_E4M3": "E4M3", "F8_E5M2": "E5M2"}
 SEMANTICS = "weight_scale_semantics"  # The only key that can say that an FP8 scale divides.
 # NVIDIA/Model-Optimizer torch/export: the second name is that of experts which the model fuses.
 MODELOPT, MODELOPT_GLOBAL = "{}_scale {}_weight_scale", "{}_scale_2 {}_weight_scale_2"
@@ -929,8 +920,8 @@ class Match(NamedTuple):
 def plain_cast(weight: Tensor) -> Quantization:
     """Return how an FP8 weight is read that has no scale: as if it were 1."""
     (grid,) = find_grids(weight.shape, ())
-    return Quantization(PLAIN_CAST, NUMBER_FORMATS[weight.dtype], weight.name, weight.shape, None,
-                        grid, packed_cols=grid.cols)
+    return Quantization(PLAIN_CAST, weight.dtype.removeprefix("F8_"), weight.name, weight.shape,
+                        None, grid, packed_cols=grid.cols)
 
 
 @functools.cache  # Thousands of weights share a few endings of names.
@@ -993,7 +984,7 @@ def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
              evidence: Evidence) -> Quantization:
     """Decide shape and grid of a weight. Raises CheckpointError where none or two grids fit."""
     row, head, stem, scale, global_scale = match
-    number_format = row.number_format or NUMBER_FORMATS[weight.dtype]
+    number_format = row.number_format or weight.dtype.removeprefix("F8_")
     shape, packed_cols = shape_of(weight, match, number_format, checkpoint, evidence)
     matrix, first_row = place_in_stack(weight, scale) if row.stacked else (shape, 0)
     groups = evidence.int4_groups if number_format == "UINT4B8" else row.groups
@@ -1336,7 +1327,7 @@ class Shard:
         return self.header.replace(before, after)
 
 
-class PlannedPart(NamedTuple):
+class Part(NamedTuple):
     """What becomes of the checkpoint in a folder: its shards, by their path from the root."""
 
     folder: Path
@@ -1350,7 +1341,7 @@ class Plan:
     """All that a conversion will do, and what the folders hold that is no part of it."""
 
     root: Path
-    parts: list[PlannedPart]
+    parts: list[Part]
     others: list[str]
 
     @property
@@ -1373,9 +1364,10 @@ def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
     missing_scale: what to do with an FP8 weight without a scale: "keep" it as it is, "cast" it with
     scale 1, or raise an "error". Raises CheckpointError where the rules do not decide.
     """
-    parts, others = find_checkpoints(root)
-    planned, whole = [], set()  # whole: all that the folder itself gives
-    for folder, checkpoint in parts:
+    checkpoints, others = find_checkpoints(root)
+    parts, whole = [], set()  # whole: all that the folder itself gives
+    for checkpoint in checkpoints:
+        folder = checkpoint.root.relative_to(root)
         if any(folder.is_relative_to(other) for other in others):
             continue
         with advising_move(root, folder):
@@ -1385,23 +1377,22 @@ def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
             raise missing[0].error(f"has no scale, one of {len(missing)} weights; --missing-scale "
                                    "keep leaves them FP8, cast takes their scale as 1")
         casts = {weight.name: plain_cast(weight) for weight in missing if missing_scale == "cast"}
-        kept = {name: [] for name in checkpoint.shards}
-        names = {checkpoint.root / name: name for name in checkpoint.shards}
+        kept = {}
         for tensor in checkpoint.tensors.values():
             if tensor.name not in reading.dropped:
-                kept[names[tensor.path]].append(tensor)
-        shards = [plan_shard((folder / name).as_posix(), checkpoint.shards[name], members,
+                kept.setdefault(tensor.path, []).append(tensor)
+        shards = [plan_shard((folder / name).as_posix(), metadata, kept[checkpoint.root / name],
                              reading.weights | casts)
-                  for name, members in kept.items() if members]
+                  for name, metadata in checkpoint.shards.items() if checkpoint.root / name in kept]
         found = {(step.output.name, step.output.shape) for shard in shards for step in shard.steps}
-        whole = whole if planned else found
-        if planned and whole and 10 * len(whole - found) <= len(whole):
+        whole = whole if parts else found
+        if parts and whole and 10 * len(whole - found) <= len(whole):
             others.append(folder.as_posix())  # the same weights in another format
         else:
-            planned.append(PlannedPart(folder, checkpoint, reading, shards))
-    if not any(part.shards for part in planned):
+            parts.append(Part(folder, checkpoint, reading, shards))
+    if not any(part.shards for part in parts):
         raise CheckpointError(f"{root}: holds no tensors; give the checkpoint's folder")
-    return Plan(root, planned, others)
+    return Plan(root, parts, others)
 
 
 def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
@@ -1554,32 +1545,34 @@ class Worker:
 class Progress:
     """A bar on a terminal; elsewhere, a line every TELL seconds, so that a log shows life."""
 
-    def __init__(self, doing: str, total: int, quiet: bool):
+    def __init__(self, doing: str, total: int, quiet: bool, note: Callable[[], str]):
         self.bar = tqdm(desc=doing, total=total, unit="B", unit_scale=True, disable=quiet or None)
-        self.doing, self.total, self.quiet = doing, total, quiet
+        self.doing, self.total, self.quiet, self.note = doing, total, quiet, note
         self.done, self.lock = 0, threading.Lock()
         self.began = self.told = time.monotonic()
 
     def add(self, size: int) -> None:
         with self.lock:
             self.done, now = self.done + size, time.monotonic()
+            self.bar.set_postfix_str(self.note(), refresh=False)
             self.bar.update(size)
             if self.bar.disable and not self.quiet and now - self.told > TELL:
                 self.told = now
                 say(f"{self.doing}: {self.done / self.total:.0%} of {sized(self.total)} in "
-                    f"{now - self.began:.0f} s")
+                    f"{now - self.began:.0f} s{', ' * bool(self.note())}{self.note()}")
 
 
 def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Callable,
-                total: int, quiet: bool = False) -> None:
+                total: int, quiet: bool = False, note: Callable[[], str] = str) -> None:
     """Run every worker in a thread of its own until no task is left or one has failed.
 
     A task is the arguments of `work` after the worker. `work` returns how many of the `total` bytes
-    it has done. torch's own threads are off: they would wait for each other at the end of every
-    operation, on cores that the reads and writes of other workers keep busy.
+    it has done; `note` returns what the progress bar says besides. torch's own threads are off:
+    they would wait for each other at the end of every operation, on cores that the reads and writes
+    of other workers keep busy.
     """
     lock, stopped, tasks = threading.Lock(), threading.Event(), iter(tasks)
-    threads, progress = torch.get_num_threads(), Progress(doing, total, quiet)
+    threads, progress = torch.get_num_threads(), Progress(doing, total, quiet, note)
 
     def loop(worker: Worker) -> None:
         torch.set_num_threads(1)
@@ -1593,7 +1586,10 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
 
     executor = ThreadPoolExecutor(len(pool))
     try:
-        for future in as_completed(start_threads(executor, loop, pool)):
+        futures = [executor.submit(loop, pool[0])]
+        with suppress(RuntimeError):  # The system may not allow as many threads.
+            futures += (executor.submit(loop, worker) for worker in pool[1:])
+        for future in as_completed(futures):
             future.result()
     finally:
         stopped.set()
@@ -1602,19 +1598,6 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
         torch.set_num_threads(threads)
         for worker in pool:
             worker.close()
-
-
-def start_threads(executor: ThreadPoolExecutor, loop: Callable, pool: list[Worker]) -> list[Future]:
-    """Start as many threads as the system allows, at least one."""
-    futures = []
-    for worker in pool:
-        try:
-            futures.append(executor.submit(loop, worker))
-        except RuntimeError:  # can't start new thread
-            if not futures:
-                raise
-            break
-    return futures
 
 
 def render(shard: Shard, header: bytes, start: int, stop: int, worker: Worker) -> torch.Tensor:
@@ -1860,7 +1843,8 @@ def write_shards(shards: list[Shard], root: Path, pool: list[Worker], quiet: boo
     try:
         size = sum(shard.size for shard in shards)
         run_workers("writing", pool, windows,
-                    lambda worker, output, *window: output.write(worker, *window), size, quiet)
+                    lambda worker, output, *window: output.write(worker, *window), size, quiet,
+                    lambda: f"{sum(not output.left for output in outputs)}/{len(outputs)} shards")
     finally:
         for output in outputs if not quiet else ():  # Another job may be writing a rank's files.
             output.discard()
@@ -1954,16 +1938,10 @@ def sample(step: Step, worker: Worker) -> tuple[float, bool]:
     return out.double().square().mean().sqrt().item(), ones
 
 
-class Differences(NamedTuple):
-    """Where an output is not what it should be: lines, and the shards of which values differ."""
-
-    lines: list[str]
-    damaged: list[str]
-
-
 def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
-                     ranks: Ranks) -> Differences:
-    """Compare an output, whoever made it, with the plan.
+                     ranks: Ranks) -> tuple[list[str], list[str]]:
+    """Compare an output, whoever made it, with the plan: a line for each difference, and the files
+    to delete before a run that mends them.
 
     How tensors are spread over shards is free, and so are the order and padding of headers, the
     fingerprint, and the payload of a NaN. Each rank looks at the values of its own shards, and
@@ -1971,31 +1949,31 @@ def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
     """
     if not out.is_dir():
         raise CheckpointError(f"{out}: no such folder; give the output of a conversion")
-    found, steps = Differences([], []), []
+    lines, damaged, steps = [], {}, []  # damaged: a dict, which keeps the order
     mine = {shard.name for shard in shards_of_rank(plan.shards, ranks.rank, ranks.count)}
     for part in plan.parts:
-        lines, same = compare_headers(part, out, side)
-        found.lines.extend(lines if ranks.rank == 0 else [])
+        differing, same = compare_headers(part, out, side)
+        lines += differing if ranks.rank == 0 else []
         steps += [task for task in same if task[0].name in mine]
         right = {step.output.name for _, step, _ in same}
-        found.damaged.extend(shard.name for shard in part.shards
-                             if shard.name in mine and (out / shard.name).exists()
-                             and any(step.output.name not in right for step in shard.steps))
-    for name in sorted(mine - {*found.damaged}):
+        damaged |= {shard.name: None for shard in part.shards
+                    if shard.name in mine and (out / shard.name).exists()
+                    and any(step.output.name not in right for step in shard.steps)}
+    for name in sorted(mine - {*damaged}):
         check_loadable(out / name)
     first = compare_values(steps, out, workers, ranks.rank > 0)
     for (shard, tensor), (element, value, wanted) in sorted(first.items()):
         place = torch.unravel_index(torch.tensor(element), tensor.shape)
-        found.lines.append(f"{shard}: {tensor.name}: element {[at.item() for at in place]} is "
-                           f"{value}, expected {wanted}")
-        found.damaged.extend([shard] * (shard not in found.damaged))
-    if found.damaged:  # Beside no shard of ours, what differs would be taken for somebody else's.
-        found.damaged.extend(name for name, text in side.texts.items() if (out / name).is_file()
-                             and (out / name).read_bytes() != text.encode())
-    return found
+        lines.append(f"{shard}: {tensor.name}: element {[at.item() for at in place]} is {value}, "
+                     f"expected {wanted}")
+        damaged[shard] = None
+    if damaged:  # Beside no shard of ours, what differs would be taken for somebody else's.
+        damaged |= {name: None for name, text in side.texts.items() if (out / name).is_file()
+                    and (out / name).read_bytes() != text.encode()}
+    return lines, [*damaged]
 
 
-def compare_headers(part: PlannedPart, out: Path,
+def compare_headers(part: Part, out: Path,
                     side: SideFiles) -> tuple[list[str], list[tuple[Shard, Step, Tensor]]]:
     """Return what differs in names, dtypes, shapes and texts of a folder, and the planned tensors
     that do not, each with its shard and what is there.
@@ -2020,7 +1998,7 @@ def compare_headers(part: PlannedPart, out: Path,
     expected = {step.output.name: f"{step.output.dtype} {[*step.output.shape]}"
                 for _, step in steps}
     where = "" if part.folder == Path() else f"{part.folder.as_posix()}/"
-    lines += [*differences(got, expected), *differing_texts(result, part, side, where)]
+    lines += [*differences(got, expected), *differing_texts(result, part, side)]
     same = [(shard, step, result.tensors[name]) for shard, step in steps
             if got.get(name := step.output.name) == expected[name]]
     return [where + line for line in lines], same
@@ -2155,11 +2133,10 @@ def complete_index(index: dict, tensors: Iterable[Tensor], folder: Path) -> dict
                        for tensor in tensors}}
 
 
-def differing_texts(result: Checkpoint, part: PlannedPart, side: SideFiles,
-                    where: str) -> Iterator[str]:
+def differing_texts(result: Checkpoint, part: Part, side: SideFiles) -> Iterator[str]:
     """Yield what is wrong with the index and the configs of a folder of the output."""
-    planned = {text.removeprefix(where): side.texts[text] for text in side.texts
-               if Path(text).parent == part.folder}
+    planned = {Path(path).name: text for path, text in side.texts.items()
+               if Path(path).parent == part.folder}
     index_name = result.index_name
     others = [name for name in result.files if not fnmatch.fnmatchcase(name, CONFIG_PATTERN)
               or name == CONFIG_NAME]
@@ -2305,7 +2282,7 @@ def bf16_config(value, dtype_keys: list[str] = DTYPE_KEYS):
             for key, item in value.items() if key not in QUANTIZATION_KEYS}
 
 
-def bf16_texts(part: PlannedPart) -> dict[str, str]:
+def bf16_texts(part: Part) -> dict[str, str]:
     """Return the JSON files of a folder of the output by path, config.json last.
 
     They are those of the input, and an index where there is more than one shard.
@@ -2447,22 +2424,18 @@ def check_places(out: Path, names: list[str], stale: list[Path]) -> None:
             raise CheckpointError(f"{above}: is where a folder has to be; remove it")
 
 
-@contextmanager
-def locked(folder: Path):
-    """Keep other runs out of a folder, where the system and the file system know locks."""
-    with ExitStack() as stack:
-        if fcntl:
-            number = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, number)
-            try:
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise CheckpointError(f"{folder}: another run is writing there; let it end. "
-                                      "Started several times? Start it once, or with "
-                                      "torchrun") from error
-            except OSError:  # Some network file systems know no locks.
-                pass
-        yield
+def lock(folder: Path, stack: ExitStack) -> None:
+    """Keep other runs out of a folder until the stack ends, where the system knows locks."""
+    if fcntl:
+        number = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, number)
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{folder}: another run is writing there; let it end. Started "
+                                  "several times? Start it once, or with torchrun") from error
+        except OSError:  # Some network file systems know no locks.
+            pass
 
 
 def write_whole(path: Path, content: str | Path) -> None:
@@ -2509,16 +2482,13 @@ PATIENCE, STALLED = 60, 1800  # Seconds to wait for rank 0's plan, and for any s
 
 def find_ranks() -> Ranks:
     """Return which of torchrun's processes this is; a process that one of those started is none."""
-    environment = os.environ
+    numbers = [os.environ.get(name, "")
+               for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
+    launched = "TORCHELASTIC_RUN_ID" in os.environ and all(map(str.isdecimal, numbers))
     with suppress(OSError):
         parent = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-        if any(entry.startswith(b"TORCHELASTIC_RUN_ID=") for entry in parent):
-            environment = {}
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    numbers = [environment.get(name, "") for name in names]
-    if "TORCHELASTIC_RUN_ID" not in environment or not all(map(str.isdecimal, numbers)):
-        return Ranks()
-    return Ranks(*map(int, numbers))
+        launched &= not any(entry.startswith(b"TORCHELASTIC_RUN_ID=") for entry in parent)
+    return Ranks(*map(int, numbers)) if launched else ALONE
 
 
 def digest_of(plan: Plan) -> str:
@@ -2864,7 +2834,7 @@ def prepare(plan: Plan, side: SideFiles, options: Options, record: Report,
         return state.done
     for name in [*side.texts, *(shard.name for shard in plan.shards)]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(locked(out))
+    lock(out, stack)
     for path in [*(out / name for name in side.texts), *state.stale]:
         # Another rank may be writing a temporary file.
         if record.status != "complete" and not (several and path.suffix == TEMPORARY_SUFFIX):
@@ -2943,6 +2913,18 @@ def open_report(path: Path | None):
     return open(path, "w") if path and path.exists() and not path.is_file() else None
 
 
+def write_report(record: Report, file) -> None:
+    """Write a record into the file that open_report has opened, or replace the one of its name."""
+    path, rank = record.options.report, record.options.ranks.rank
+    text = json.dumps(asdict(record), indent=2, default=str) + "\n"
+    if file:
+        with file:
+            file.write(text)
+    elif path:
+        path = path.resolve()
+        write_whole(path.with_stem(f"{path.stem}.rank{rank}") if rank else path, text)
+
+
 def resolved(options: Options) -> Options:
     """Return options with the device and the number of workers that will be used, and say them."""
     ranks, workers = options.ranks, options.workers
@@ -2973,21 +2955,13 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path |
     side = find_side_files(plan)
     record = report_plan(plan, side, options)
     if options.verify:
-        found = find_differences(plan, options.output, side, options.workers, ranks)
-        record.differences, record.damaged_shards = found
+        record.differences, record.damaged_shards = find_differences(
+            plan, options.output, side, options.workers, ranks)
         record.status = "different" if record.differences else "verified"
     else:
         make_output(plan, side, options, record)
     record.seconds["total"] = time.perf_counter() - began
-    if path := options.report:
-        text = json.dumps(asdict(record), indent=2, default=str) + "\n"
-        if file:
-            with file:
-                file.write(text)
-        else:
-            path = path.resolve()
-            path = path.with_stem(f"{path.stem}.rank{ranks.rank}") if ranks.rank else path
-            write_whole(path, text)
+    write_report(record, file)
     if options.verify:
         tell_verified(record, options)
     elif not options.dry_run:

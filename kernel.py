@@ -352,8 +352,7 @@ def weight_dequant_kernel():
         matrix from that piece's first scale on. nonfinite: the numbers of NaN and infinities in out
         are added to these two. Grid: one program per tile of BLOCK_SIZE_M rows and BLOCK_SIZE_G
         groups of BLOCK_SIZE_K columns, of which GROUPS_PER_BLOCK lie in one block and have one
-        scale. VECTOR elements that follow each other go to one thread, so that each thread stores
-        16 bytes beside those of the next.
+        scale. VECTOR neighbors go to one thread, so that it stores 16 bytes at once.
         """
         offs_m = tl.program_id(0) * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
         weight_row, block_rows = (row + offs_m).to(tl.uint32), block_rows.to(tl.uint32)

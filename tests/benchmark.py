@@ -1,7 +1,7 @@
 """Measure the converter against the disk, the memory, and what else does its work.
 
     python tests/benchmark.py [--size BYTES] [--shards N] [--runs N] [--folder FOLDER] [--plot FILE]
-    python tests/benchmark.py kernel | tuning | scaling | plan | ranks
+    python tests/benchmark.py kernel | tuning | scaling | plan | fingerprints | ranks
 
 Contenders, each a process of its own, take turns on one synthetic checkpoint:
 
@@ -28,6 +28,7 @@ the contenders.
   weights of 4 KB.
 - plan: --dry-run and a run that finds nothing to do on the real layout of DeepSeek-V3, in sparse
   files and with what they hold cached.
+- fingerprints: those of --shards of DeepSeek-V3's 163 shards, which hold data, on a cold cache.
 - ranks: one and two ranks of torchrun on one machine, and how evenly DeepSeek-V3's shards fall on
   more of them.
 """
@@ -552,6 +553,36 @@ def measure_plan(folder: Path, options: argparse.Namespace) -> dict:
     return {"beyond_import": beyond, **figures}
 
 
+def measure_fingerprints(folder: Path, options: argparse.Namespace) -> dict:
+    """Time the fingerprints of some of DeepSeek-V3's shards, which hold data, on a cold cache."""
+    import fp8_cast_bf16
+    from make_checkpoint import deepseek_v3_tensors
+
+    tensors, each = [*deepseek_v3_tensors()], -(-91_991 // 163)
+    assert len(tensors) == 91_991
+    some = tensors[80 * each : (80 + options.shards) * each]  # of layers in the middle
+    maker = multiprocessing.get_context("spawn").Process(
+        target=make_layout_with_data, args=(folder / "fp8", some, options.shards))
+    maker.start()
+    maker.join()
+    plan = fp8_cast_bf16.make_plan(folder / "fp8")
+    seconds = []
+    for _ in range(options.runs):
+        cold = drop_caches()
+        pool = [fp8_cast_bf16.Worker() for _ in range(4)]
+        began = time.perf_counter()
+        fp8_cast_bf16.run_workers(
+            "", pool, ((shard,) for shard in plan.shards),
+            lambda worker, shard: len(fp8_cast_bf16.fingerprint_of(shard, worker)), 0, quiet=True)
+        seconds.append(time.perf_counter() - began)
+    taken = statistics.median(seconds)
+    whole = taken * 163 / options.shards
+    print(f"{options.shards} of 163 shards, {bytes_of(folder / 'fp8') / 1e9:.1f} GB, 4 workers: ",
+          f"{taken:.2f} s, {'cold' if cold else 'cache as it comes'}; ",
+          f"{whole:.0f} s for all, calculated", sep="")
+    return {"seconds": seconds, "all_shards": whole}
+
+
 def imbalance(shards: list, ranks: int) -> float:
     """Return the bytes of the rank that writes most over the mean."""
     from fp8_cast_bf16 import shards_of_rank
@@ -595,6 +626,7 @@ MODES = {
     "tuning": measure_tuning,
     "scaling": measure_scaling,
     "plan": measure_plan,
+    "fingerprints": measure_fingerprints,
     "ranks": measure_ranks,
 }
 

@@ -542,7 +542,7 @@ def test_a_run_that_is_not_on_a_terminal_shows_life(source, capsys, monkeypatch)
     main(source, source.parent / "out", workers=1)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("writing: ")]
     assert len(lines) > 3
-    assert re.fullmatch(r"writing: \d+% of [\d.]+kB in \d+ s", lines[0])
+    assert re.fullmatch(r"writing: \d+% of [\d.]+kB in \d+ s, 0/1 shards", lines[0])
 
 
 def test_one_of_a_kind_is_spoken_of_in_the_singular(source, capsys):
