@@ -44,7 +44,7 @@ import threading
 import time
 import warnings
 from bisect import bisect_left, bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
@@ -163,7 +163,8 @@ DTYPE_BITS = {
 class Tensor(NamedTuple):
     """A tensor on disk: dtype as safetensors spells it, bytes [start, stop) of the file at path.
 
-    For a planned output, path is relative to the output.
+    For a planned output, path is relative to the output. emptied: --delete-source has cut the file
+    behind its header, so that the bytes are gone.
     """
 
     name: str
@@ -172,6 +173,7 @@ class Tensor(NamedTuple):
     path: Path
     start: int
     stop: int
+    emptied: bool = False
 
     @property
     def module(self) -> str:
@@ -281,9 +283,10 @@ def read_json(path: Path, root: Path) -> dict | None:
     return parse_json(path, read_bytes(path))
 
 
-def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
+def read_header(path: Path, source: bool = False) -> tuple[dict[str, str], list[Tensor]]:
     """Return a shard's metadata and its tensors, by the rules of huggingface/safetensors,
-    safetensors/src/tensor.rs. The data is neither read nor mapped.
+    safetensors/src/tensor.rs. The data is neither read nor mapped, and that of a source may be
+    gone: see --delete-source.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the download is incomplete")
@@ -297,17 +300,17 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Tensor]]:
         if not text.startswith(b"{"):
             raise ValueError("it has no header of its size")
         header = parse_json(path, text)
-        return read_entries(path, header, 8 + size, length)
+        return read_entries(path, header, 8 + size, length, source)
     except (ValueError, TypeError, KeyError, AttributeError, CheckpointError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it "
                               "again") from error
 
 
-def read_entries(path: Path, header: dict, begin: int,
-                 end: int) -> tuple[dict[str, str], list[Tensor]]:
+def read_entries(path: Path, header: dict, begin: int, end: int,
+                 source: bool) -> tuple[dict[str, str], list[Tensor]]:
     """Return what a header says. Raises an error where the data is not all of [begin, end)."""
     metadata = header.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata
+    metadata, emptied = {} if metadata is None else metadata, source and begin == end
     if not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("its metadata is not text")
     tensors = []
@@ -322,6 +325,8 @@ def read_entries(path: Path, header: dict, begin: int,
         if tensor.start != begin:
             raise ValueError(f"{tensor.name} begins at byte {tensor.start}, expected {begin}")
         begin = tensor.stop
+    if emptied and begin > end:
+        return metadata, [tensor._replace(emptied=True) for tensor in tensors]
     if begin != end:
         raise ValueError(f"it has {end} bytes, expected {begin}")
     return metadata, tensors
@@ -429,7 +434,7 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
         names = sorted(names - {Path(name).name for name in copied}
                        | {name for name in planned if (root / name).exists()})
     for shard in names:
-        shards[shard], members = read_header(root / shard)
+        shards[shard], members = read_header(root / shard, source=planned is None)
         for tensor in members:
             holders.setdefault(tensor.name, []).append(tensor)
     weight_map = (index or {}).get("weight_map")
@@ -797,6 +802,8 @@ def read_int4_groups(sections: list) -> tuple[int, ...]:
 
 
 def read_small(tensor: Tensor) -> bytes:
+    if tensor.emptied:
+        raise tensor.error("has to be read to plan a conversion, and an emptied shard lacks it")
     if tensor.size > SMALL_LIMIT:
         raise tensor.error(f"has {tensor.size} bytes; expected at most {SMALL_LIMIT}")
     return read_bytes(tensor.path, tensor.start, tensor.size)
@@ -1307,6 +1314,17 @@ class Step(NamedTuple):
     source: Tensor
     quantization: Quantization | None
 
+    @property
+    def sources(self) -> list[Tensor]:
+        reading = self.quantization
+        scales = [reading.scale, reading.global_scale] if reading else []
+        return [tensor for tensor in (self.source, *scales) if tensor]
+
+    @property
+    def emptied(self) -> list[Path]:
+        """The input shards that it needs and that cannot be read any more."""
+        return [tensor.path for tensor in self.sources if tensor.emptied]
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -1319,6 +1337,10 @@ class Shard:
     @property
     def size(self) -> int:
         return self.steps[-1].output.stop
+
+    @functools.cached_property
+    def emptied(self) -> list[Path]:
+        return sorted({path for step in self.steps for path in step.emptied})
 
     def sealed(self, fingerprint: str) -> bytes:
         """Return the header with a fingerprint."""
@@ -1465,6 +1487,17 @@ NONFINITE = ["NaN", "infinite"]
 PHASES = ["reading", "decoding", "writing", "syncing"]
 TELL = 30  # Seconds between lines about what goes on, where there is no progress bar.
 
+# What torch calls the dtypes that tensors of an output and scales may have.
+TORCH_NAMES = {
+    "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64", "F32": "float32",
+    "U32": "uint32", "I32": "int32", "BF16": "bfloat16", "F16": "float16", "U16": "uint16",
+    "I16": "int16", "F8_E8M0": "float8_e8m0fnu", "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+
+
+def in_pages(size: int) -> int:
+    return ceil_div(size, PAGE) * PAGE
+
 
 def page_aligned(size: int, pinned: bool) -> torch.Tensor:
     """Return a uint8 tensor that starts on a page, in pinned memory if a GPU is to copy from it."""
@@ -1492,10 +1525,12 @@ def open_raw(path: Path, mode: str, flags: int = 0):
 class Worker:
     """What one thread needs to render windows: buffers, open files, a GPU stream, and counts.
 
-    nonfinite: how many values of a weight are of one of the kinds NONFINITE.
+    nonfinite: how many values of a weight are of one of the kinds NONFINITE. direct: O_DIRECT, for
+    reads that the page cache must not answer.
     """
 
-    def __init__(self, device: str | torch.device = "cpu", window: int = 0):
+    def __init__(self, device: str | torch.device = "cpu", window: int = 0, direct: int = 0):
+        self.direct = direct
         self.stream = torch.cuda.Stream(device) if str(device).startswith("cuda") else None
         self.out = page_aligned(window, self.stream is not None)
         self.memory, self.files = {}, {}
@@ -1510,7 +1545,7 @@ class Worker:
     def scratch(self, name: str, size: int) -> torch.Tensor:
         """Return memory that is used again, since new memory costs more than filling it."""
         if len(self.memory.get(name, ())) < size:
-            self.memory[name] = page_aligned(ceil_div(size, PAGE) * PAGE, self.stream is not None)
+            self.memory[name] = page_aligned(in_pages(size), self.stream is not None)
         return self.memory[name][:size]
 
     def read(self, path: Path, start: int, into: torch.Tensor) -> torch.Tensor:
@@ -1519,16 +1554,22 @@ class Worker:
             if path not in self.files:
                 if len(self.files) >= OPEN_FILES:
                     self.close()
-                self.files[path] = open_raw(path, "rb")
-            file, view = self.files[path], as_bytes(into)
-            file.seek(start)
-            while view:
-                size = file.readinto(view)
+                self.files[path] = open_raw(path, "rb", self.direct)
+            file, before = self.files[path], start % PAGE if self.direct else 0
+            done, end, memory = 0, before + len(into), into
+            if self.direct:  # Whole pages, of which the last may lie behind the end of the file.
+                memory = self.scratch("pages", in_pages(end))
+            view = as_bytes(memory)
+            file.seek(start - before)
+            while done < end:
+                size = file.readinto(view[done:])
                 if size is None:  # as some network file systems do
                     raise BlockingIOError(errno.EAGAIN, "the file system has no data yet")
                 if not size:
                     raise CheckpointError(f"{path}: ends at byte {path.stat().st_size}; it was cut")
-                view = view[size:]
+                done += size
+            if self.direct:
+                into.copy_(memory[before:end])
         return into
 
     def elements(self, name: str, tensor: Tensor, first: int, count: int) -> torch.Tensor:
@@ -1562,21 +1603,35 @@ class Progress:
                     f"{now - self.began:.0f} s{', ' * bool(self.note())}{self.note()}")
 
 
+def count_nonfinite(pool: list[Worker]) -> dict[str, dict[str, int]]:
+    """Return how many values of each kind NONFINITE workers have found, by the weights' names."""
+    counts = sum((worker.nonfinite for worker in pool), Counter())
+    return {kind: {name: count for (what, name), count in counts.items() if what == kind}
+            for kind in NONFINITE}
+
+
+def begin_thread() -> None:
+    """Make torch compute in the calling thread alone, with subnormal numbers.
+
+    Its own threads would wait for each other at the end of every operation, on cores that the reads
+    and writes of other workers keep busy.
+    """
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
+
+
 def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Callable,
                 total: int, quiet: bool = False, note: Callable[[], str] = str) -> None:
     """Run every worker in a thread of its own until no task is left or one has failed.
 
     A task is the arguments of `work` after the worker. `work` returns how many of the `total` bytes
-    it has done; `note` returns what the progress bar says besides. torch's own threads are off:
-    they would wait for each other at the end of every operation, on cores that the reads and writes
-    of other workers keep busy.
+    it has done; `note` returns what the progress bar says besides.
     """
     lock, stopped, tasks = threading.Lock(), threading.Event(), iter(tasks)
     threads, progress = torch.get_num_threads(), Progress(doing, total, quiet, note)
 
     def loop(worker: Worker) -> None:
-        torch.set_num_threads(1)
-        torch.set_flush_denormal(False)
+        begin_thread()
         while True:
             with lock:
                 task = None if stopped.is_set() else next(tasks, None)
@@ -1615,6 +1670,49 @@ def render(shard: Shard, header: bytes, start: int, stop: int, worker: Worker) -
         else:
             render_weight(step, begin // 2, end // 2, into.view(torch.bfloat16), worker)
     return out
+
+
+def windows_of(chosen: list[tuple[Shard, Step]]) -> Iterator[tuple[Shard, int, int]]:
+    """Yield windows that cover the given tensors and nothing else."""
+    for shard, group in itertools.groupby(chosen, key=lambda entry: entry[0]):
+        start = stop = 0
+        for output in [*(step.output for _, step in group), None]:
+            if output is None or output.start != stop:
+                for at in range(start, stop, WINDOW):
+                    yield shard, at, min(at + WINDOW, stop)
+                start = output.start if output else 0
+            stop = output.stop if output else 0
+
+
+def read_ahead(chosen: list[tuple[Shard, Step]], pool: list[Worker],
+               device: torch.device) -> Iterator[tuple[Step, torch.Tensor]]:
+    """Yield the bytes of tensors in their order, uint8 on a device.
+
+    Each worker is a window ahead, in its buffer, until that has been copied.
+    """
+    threads, windows, pending = torch.get_num_threads(), windows_of(chosen), deque()
+    idle = [*pool]
+    executor = ThreadPoolExecutor(len(pool), initializer=begin_thread)
+    try:
+        for _, step in chosen:
+            data, at = torch.empty(step.output.size, dtype=torch.uint8, device=device), 0
+            while at < len(data):
+                while idle and (window := next(windows, None)):
+                    worker = idle.pop()
+                    future = executor.submit(render, window[0], b"", *window[1:], worker)
+                    pending.append((future, *window[1:], worker))
+                future, start, stop, worker = pending[0]
+                first = step.output.start + at - start
+                part = future.result()[first : first + len(data) - at]
+                data[at : at + len(part)].copy_(part)
+                at += len(part)
+                if step.output.start + at == stop:
+                    idle.append(worker)
+                    pending.popleft()
+            torch.set_num_threads(threads)  # A worker's setting holds for all threads to come.
+            yield step, data
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
@@ -1738,12 +1836,6 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
-def sources_of(step: Step) -> list[Tensor]:
-    reading = step.quantization
-    scales = [reading.scale, reading.global_scale] if reading else []
-    return [tensor for tensor in (step.source, *scales) if tensor]
-
-
 def describe(quantization: Quantization | None) -> tuple:
     """Return everything that decides how codes become values, but for the tensors themselves."""
     if quantization is None:
@@ -1763,7 +1855,7 @@ def fingerprint_of(shard: Shard, worker: Worker) -> str:
     digest, places = hashlib.sha256(f"{READING_VERSION}".encode()), set()
     for step in shard.steps:
         digest.update(repr((step.output, describe(step.quantization))).encode())
-        for tensor in sources_of(step):
+        for tensor in (tensor for tensor in step.sources if not tensor.emptied):
             for start in (tensor.start, (tensor.start + tensor.stop) // 2, tensor.stop - PAGE):
                 start = max(start, tensor.start)
                 if start < tensor.stop:
@@ -1774,12 +1866,25 @@ def fingerprint_of(shard: Shard, worker: Worker) -> str:
 
 
 def is_done(shard: Shard, root: Path, worker: Worker) -> bool:
-    """Return whether a file of this name, size and header, fingerprint included, is in a folder."""
+    """Return whether a file of this name, size and header, fingerprint included, is in a folder.
+
+    If its source has been emptied, it has been verified before, by whatever version.
+    """
     path = root / shard.name
+    if shard.emptied:
+        return not path.is_symlink() and holds(shard, path)
     if path.is_symlink() or not path.is_file() or path.stat().st_size != shard.size:
         return False
     header = shard.sealed(fingerprint_of(shard, worker))
     return read_bytes(path, 0, len(header)) == header
+
+
+def holds(shard: Shard, path: Path) -> bool:
+    """Return whether a file is whole and has a shard's tensors, by names, dtypes and shapes."""
+    with suppress(CheckpointError):
+        _, tensors = read_header(path)
+        return {tensor[:3] for tensor in tensors} == {step.output[:3] for step in shard.steps}
+    return False
 
 
 class Output:
@@ -1858,9 +1963,8 @@ PLAUSIBLE = 1e-6, 4.0  # Root mean squares of weights.
 PLAUSIBLE_CAST = 1e-6, 32.0  # Embeddings, norms, and plain casts, which hold both.
 SAMPLED_WEIGHTS, SAMPLED_BYTES = 5, 64 << 10
 REFERENCE_PIECE = 1 << 18  # Elements that a worker compares at once.
-CASTS = {"E4M3": "float8_e4m3fn", "E5M2": "float8_e5m2", "INT8": "int8", "F32": "float32",
-         "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn",
-         "F8_E8M0": "float8_e8m0fnu", "U8": "float8_e8m0fnu"}  # torch's names
+CASTS = TORCH_NAMES | {  # of number formats, too, and scales: U8 are exponents
+    "E4M3": "float8_e4m3fn", "E5M2": "float8_e5m2", "INT8": "int8", "U8": "float8_e8m0fnu"}
 NIBBLES = {  # What each of 16 codes means.
     "E2M1": [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6],
     "INT4": [*range(8), *range(-8, 0)], "UINT4B8": range(-8, 8)}
@@ -1893,7 +1997,7 @@ def find_implausible(plan: Plan) -> list[str]:
     """
     kinds, worker, found = {}, Worker(), []
     for step in plan.steps:
-        if step.quantization:
+        if step.quantization and not step.emptied:
             kinds.setdefault(kind_of(step), []).append(step)
     for kind, steps in kinds.items():
         leaves = {step.output.module.rpartition(".")[2]: step for step in steps}
@@ -1954,14 +2058,14 @@ def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
     for part in plan.parts:
         differing, same = compare_headers(part, out, side)
         lines += differing if ranks.rank == 0 else []
-        steps += [task for task in same if task[0].name in mine]
+        steps += [task for task in same if task[0].name in mine and not task[1].emptied]
         right = {step.output.name for _, step, _ in same}
         damaged |= {shard.name: None for shard in part.shards
-                    if shard.name in mine and (out / shard.name).exists()
+                    if shard.name in mine and not shard.emptied and (out / shard.name).exists()
                     and any(step.output.name not in right for step in shard.steps)}
     for name in sorted(mine - {*damaged}):
         check_loadable(out / name)
-    first = compare_values(steps, out, workers, ranks.rank > 0)
+    first = compare_values(steps, out, [Worker() for _ in range(workers)], ranks.rank > 0)
     for (shard, tensor), (element, value, wanted) in sorted(first.items()):
         place = torch.unravel_index(torch.tensor(element), tensor.shape)
         lines.append(f"{shard}: {tensor.name}: element {[at.item() for at in place]} is {value}, "
@@ -2004,7 +2108,7 @@ def compare_headers(part: Part, out: Path,
     return [where + line for line in lines], same
 
 
-def compare_values(steps: list[tuple[Shard, Step, Tensor]], out: Path, workers: int,
+def compare_values(steps: list[tuple[Shard, Step, Tensor]], out: Path, pool: list[Worker],
                    quiet: bool) -> dict[tuple[str, Tensor], tuple[int, str, str]]:
     """Return the first difference in each tensor of an output that has any, by its shard and it."""
     first, lock = {}, threading.Lock()
@@ -2019,7 +2123,6 @@ def compare_values(steps: list[tuple[Shard, Step, Tensor]], out: Path, workers: 
     tasks = ((*task, *piece) for task in steps for piece in pieces(
         0, math.prod(task[1].output.shape), cols_of(task[1]), REFERENCE_PIECE))
     size = sum(step.output.size for _, step, _ in steps)
-    pool = [Worker() for _ in range(workers)]
     run_workers("verifying", pool, tasks, compare, size, quiet)
     return first
 
@@ -2049,6 +2152,10 @@ def compare_piece(step: Step, tensor: Tensor, row: int, col: int, M: int, N: int
         expected = reference(step, row, col, M, N, worker).view(bits).flatten()
     else:
         expected = worker.elements("expected", step.source, start, M * N).view(bits)
+    if step.quantization and ((got & 0x7F80) == 0x7F80).any():
+        values = got.view(torch.bfloat16)
+        for kind, found in zip(NONFINITE, (values.isnan(), values.isinf()), strict=True):
+            worker.nonfinite[kind, step.output.name] += found.sum().item()
     if torch.equal(got, expected):
         return None
     differs = got != expected
@@ -2348,6 +2455,11 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
                    if (path := temporary(out / name)).exists() and path not in unfinished]
     there = [name for name in sorted(shards) if os.path.lexists(out / name)]
     done = find_done([shards[name] for name in there], out, workers)
+    for shard in plan.shards:
+        if shard.emptied and shard.name not in done:
+            raise CheckpointError(f"{out / shard.name}: is missing or not whole, and its input has "
+                                  f"been emptied by --delete-source; download {shard.emptied[0]} "
+                                  "again, and whatever else this program then names")
     files = [name for name, text in side.texts.items()
              if not (out / name).is_file() or (out / name).read_bytes() != text.encode()]
     files += [name for name in side.copied if not (out / name).is_file()
@@ -2367,7 +2479,7 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
         with suppress(FileNotFoundError):  # Another rank may have given it its name.
             freed += getattr(path.lstat(), "st_blocks", 0) * 512
     state = OutputState(done, replaced, files, [*dict.fromkeys(stale)],
-                        sum(ceil_div(size, PAGE) * PAGE for size in sizes),
+                        sum(map(in_pages, sizes)),
                         usage.free + freed if usage.total else None)
     if not state.complete:
         check_places(out, [*shards, *side.texts, *side.copied], stale)
@@ -2386,7 +2498,7 @@ def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
             done.add(shard.name)
         return shard.size
 
-    for path in (out / shard.name for shard in shards):
+    for path in (out / shard.name for shard in shards if not shard.emptied):
         if path.is_symlink() or not path.is_file() or not is_ours(path):
             raise CheckpointError(f"{path}: was not written by this version of this program; check "
                                   "it with --verify, and delete it to convert it anew")
@@ -2424,18 +2536,23 @@ def check_places(out: Path, names: list[str], stale: list[Path]) -> None:
             raise CheckpointError(f"{above}: is where a folder has to be; remove it")
 
 
-def lock(folder: Path, stack: ExitStack) -> None:
-    """Keep other runs out of a folder until the stack ends, where the system knows locks."""
-    if fcntl:
+def lock(folder: Path, stack: ExitStack, must: bool = False) -> None:
+    """Keep other runs out of a folder until the stack ends, where the system knows locks.
+
+    Raises CheckpointError if another run has it, or if nothing can be locked there but `must` be.
+    """
+    try:
+        if not fcntl:
+            raise OSError("this system knows no locks")
         number = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, number)
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"{folder}: another run is writing there; let it end. Started "
-                                  "several times? Start it once, or with torchrun") from error
-        except OSError:  # Some network file systems know no locks.
-            pass
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(f"{folder}: another run is writing there; let it end. Started "
+                              "several times? Start it once, or with torchrun") from error
+    except OSError as error:  # Some network file systems know no locks.
+        if must:
+            raise CheckpointError(f"--delete-source: {folder}: cannot be locked") from error
 
 
 def write_whole(path: Path, content: str | Path) -> None:
@@ -2559,6 +2676,167 @@ def await_shards(shards: list[Shard], out: Path) -> None:
                                   f"({left[0].name}); start the same command again")
 
 
+# --- empty: input shards give way to their output once that is proven (--delete-source) ---
+
+WATCHED = WINDOW  # Bytes: a smaller shard tells nothing about the free space of a busy disk.
+
+
+def find_takers(plan: Plan) -> dict[Path, set[str]]:
+    """Return the input shards that have data, each with the output shards that take any of it."""
+    takers = {}
+    for shard in plan.shards:
+        for tensor in (tensor for step in shard.steps for tensor in step.sources):
+            if tensor.size and not tensor.emptied:
+                takers.setdefault(tensor.path, set()).add(shard.name)
+    return takers
+
+
+def emptying_order(plan: Plan, done: set[str]) -> list[tuple[Shard, list[Path]]]:
+    """Return the output shards in the order that frees space soonest.
+
+    Each comes with the input shards that nothing needs after it.
+    """
+    shards, left = {shard.name: shard for shard in plan.shards}, find_takers(plan)
+    rest = shards.keys() - set().union(*left.values()) - done
+    order = [(shards[name], []) for name in sorted(rest)]
+    while left:
+        soonest = min(left, key=lambda path: (
+            sum(shards[name].size for name in left[path] - done), path))
+        for name in sorted(left[soonest]):
+            for names in left.values():
+                names.discard(name)
+            order.append((shards[name], [path for path, names in left.items() if not names]))
+            left = {path: names for path, names in left.items() if names}
+    return order
+
+
+def header_size(path: Path) -> int:
+    return 8 + int.from_bytes(read_bytes(path, 0, 8), "little")
+
+
+def data_on_disk(path: Path) -> int:
+    """Return how many bytes of the disk are freed when a shard is cut behind its header."""
+    return max(0, getattr(path.stat(), "st_blocks", 0) * 512 - in_pages(header_size(path)))
+
+
+def peak_space(order: list[tuple[Shard, list[Path]]], state: OutputState) -> int:
+    """Return how many bytes more than now a run takes at most at any time."""
+    now = peak = 0
+    sides = state.needed
+    for shard, paths in order:
+        if shard.name not in state.done:
+            now, sides = now + in_pages(shard.size), sides - in_pages(shard.size)
+        peak = max(peak, now)
+        now -= sum(map(data_on_disk, paths))
+    return max(peak, now + sides)
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is replaced, linked to, or written."""
+    stat = path.lstat()
+    return stat.st_dev, stat.st_ino, stat.st_nlink, stat.st_size, stat.st_mtime_ns
+
+
+def check_source(plan: Plan, options: Options, record: Report) -> dict[Path, tuple[int, ...]]:
+    """Return the stamps of the shards that will be emptied.
+
+    Raises CheckpointError where their values may not be read rightly, where an interrupted run
+    could not plan again, and where emptying them would hit others or free nothing.
+    """
+    doubts = [*record.implausible, *(f"{name} is FP8 and has no scale" for name in plan.missing)]
+    doubts += [f"{name} is a scale of no weight" for name in record.dropped_scales_of_no_weight]
+    for part in plan.parts:
+        emptied = {name: tensor._replace(emptied=True)
+                   for name, tensor in part.checkpoint.tensors.items()}
+        try:
+            read_formats(replace(part.checkpoint, tensors=emptied))
+        except CheckpointError as error:
+            doubts.append(str(error))
+    stamps = {path: stamp(path) for path in find_takers(plan)}
+    root, device = plan.root.resolve(), existing(options.output).stat().st_dev
+    for path, (where, _, names, *_) in stamps.items():
+        if names > 1 or path.resolve() != root / path.relative_to(plan.root):
+            doubts.append(f"{path} is a link or has a second name, so that others may need it")
+        elif not os.access(path, os.W_OK):
+            doubts.append(f"{path} is not writable")
+        elif where != device:
+            doubts.append(f"{path} and {options.output} are on different file systems")
+    if doubts:
+        raise CheckpointError(f"--delete-source: {doubts[0]}; nothing has been emptied by this run")
+    return stamps
+
+
+def prove(shard: Shard, out: Path, pool: list[Worker]) -> None:
+    """Raise CheckpointError unless a shard of the output reads back from the disk as it should be.
+
+    Workers that read directly see what is on the disk; elsewhere, dropping the file from the page
+    cache has to do.
+    """
+    path = out / shard.name
+    sync(path)
+    sync(path.parent)
+    if hasattr(os, "posix_fadvise"):
+        with open_raw(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    check_loadable(path)
+    first, names = {}, {}
+    if whole := holds(shard, path):
+        _, tensors = read_header(path)
+        names = {tensor.name: tensor for tensor in tensors}
+        first = compare_values([(shard, step, names[step.output.name]) for step in shard.steps],
+                               out, pool, False)
+    if first or not whole:
+        raise CheckpointError(f"{path}: does not read back as what the input gives; its input has "
+                              "been left as it is. Delete it and run the same command again")
+    for name in itertools.chain(*count_nonfinite(pool).values()):
+        raise CheckpointError(f"{path}: {name} has NaN or infinite values, so its input has been "
+                              "left as it is; go on without --delete-source if they are right")
+
+
+def empty(path: Path, before: tuple[int, ...]) -> None:
+    """Cut an input shard behind its header, which a later run needs to plan again."""
+    if stamp(path) != before:
+        raise CheckpointError(f"{path}: has been changed since the run began; it is left as it is")
+    with naming(path), open_raw(path, "r+b") as file:
+        file.truncate(header_size(path))
+        os.fsync(file.fileno())
+
+
+def await_space(path: Path, out: Path, wanted: int) -> None:
+    """Return once so many bytes are free. Raises CheckpointError if that does not come to pass."""
+    began = time.monotonic()
+    while shutil.disk_usage(out).free < wanted:
+        if time.monotonic() - began > PATIENCE:
+            raise CheckpointError(f"{path}: emptying it has not freed its space (a snapshot may "
+                                  "hold it, or a copy that shares its blocks); no more shards will "
+                                  "be emptied: go on without --delete-source")
+        time.sleep(POLL)
+
+
+def write_and_empty(order: list[tuple[Shard, list[Path]]], done: set[str], pool: list[Worker],
+                    stamps: dict[Path, tuple[int, ...]], record: Report) -> None:
+    """Write shards one by one, and empty each input shard once all that it gives is proven.
+
+    A shard of which a source is empty already was proven before that was emptied. Raises
+    CheckpointError if emptying does not free space.
+    """
+    out, watched = record.options.output, False
+    provers = [Worker(direct=direct_flag(out)) for _ in pool]
+    for number, (shard, paths) in enumerate(order, 1):
+        if shard.name not in done:
+            write_shards([shard], out, pool, False)
+        if not shard.emptied:
+            prove(shard, out, provers)
+        for path in paths:
+            size, free = data_on_disk(path), shutil.disk_usage(out).free
+            empty(path, stamps[path])
+            record.emptied_shards.append(path.relative_to(record.options.input).as_posix())
+            say(f"{number}/{len(order)} shards: emptied {path.name}, {sized(size)}")
+            if size >= WATCHED and not watched:
+                await_space(path, out, free + size // 2)
+                watched = True
+
+
 # --- command line ---
 
 MESSAGE_LIMIT = 2000  # Characters: a tensor's name may be as long as a book.
@@ -2615,8 +2893,9 @@ class Options:
 
     device: "auto", "cpu", "cuda" or "cuda:N". workers: threads; by default two per core, 4 to 16.
     missing_scale: "keep", "cast" or "error", as in make_plan. dry_run: only print what would be
-    done. verify: only compare an existing output with what it should be. report: a file for a JSON
-    record of it all. ranks: which of several processes this is, each of which makes some shards.
+    done. verify: only compare an existing output with what it should be. delete_source: empty each
+    input shard once its output is verified. report: a file for a JSON record of it all. ranks:
+    which of several processes this is, each of which makes some shards.
     """
 
     input: Path
@@ -2626,6 +2905,7 @@ class Options:
     missing_scale: str = "keep"
     dry_run: bool = False
     verify: bool = False
+    delete_source: bool = False
     report: Path | None = None
     ranks: Ranks = ALONE
 
@@ -2639,6 +2919,8 @@ class Options:
                              f"{', '.join(MISSING_SCALE)}")
         if self.dry_run and self.verify:
             raise UsageError("--dry-run and --verify: expected one of them")
+        if self.delete_source and (self.verify or self.ranks.count > 1):
+            raise UsageError("--delete-source: not with --verify, and not under torchrun")
         for inner, outer in ((self.input, self.output), (self.output, self.input)):
             for folder in (inner.resolve(), *inner.resolve().parents):
                 if folder == outer.resolve() or (
@@ -2702,9 +2984,11 @@ class Report:
     versions: dict[str, str] = field(default_factory=versions)
     shards_already_there: list[str] = field(default_factory=list)
     bytes_written: int = 0
+    emptied_shards: list[str] = field(default_factory=list)
     NaN: dict[str, int] = field(default_factory=dict)
     infinite: dict[str, int] = field(default_factory=dict)
     differences: list[str] | None = None
+    not_compared: int = 0
     damaged_shards: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -2769,17 +3053,23 @@ def tell_state(state: OutputState, plan: Plan, options: Options, record: Report)
         say("To be replaced (made from another input, or read differently): "
             f"{', '.join(state.replaced)}")
     newer = {tensor.path.name for shard in plan.shards if shard.name in state.done
-             for step in shard.steps for tensor in sources_of(step)
-             if tensor.path.stat().st_mtime_ns > (out / shard.name).stat().st_mtime_ns}
+             for step in shard.steps for tensor in step.sources if not tensor.emptied
+             and tensor.path.stat().st_mtime_ns > (out / shard.name).stat().st_mtime_ns}
     if newer:
         say(f"Input files newer than their output: {', '.join(sorted(newer))}; run --verify to be "
             "sure")
     free = "an unknown number of bytes" if state.free is None else sized(state.free)
-    say(f"Space: {sized(state.needed)} to write, {free} free; memory: "
+    needed, at_once = state.needed, ""
+    if options.delete_source:
+        needed = peak_space(emptying_order(plan, state.done), state)
+        at_once = f", at most {sized(needed)} more than now at any time"
+    say(f"Space: {sized(state.needed)} to write{at_once}, {free} free; memory: "
         f"{counted(options.workers, 'worker')}, at most {sized(2 * WINDOW)} each")
-    if state.free is not None and state.needed > state.free:
-        raise CheckpointError(f"{out}: not enough space: {sized(state.needed - state.free)} short; "
-                              "free some or give another output")
+    if state.free is not None and needed > state.free:
+        raise CheckpointError(f"{out}: not enough space: {sized(needed - state.free)} short; free "
+                              "some or give another output")
+    if state.free is None and options.delete_source:
+        raise CheckpointError(f"--delete-source: {out} does not say how much space is free")
 
 
 def make_output(plan: Plan, side: SideFiles, options: Options, record: Report) -> None:
@@ -2790,19 +3080,25 @@ def make_output(plan: Plan, side: SideFiles, options: Options, record: Report) -
     """
     out, ranks = options.output, options.ranks
     mine, pool = shards_of_rank(plan.shards, ranks.rank, ranks.count), []
+    stamps = check_source(plan, options, record) if options.delete_source else {}
     with ExitStack() as stack:
         if ranks.rank == 0:
-            done = prepare(plan, side, options, record, stack)
+            done = prepare(plan, side, options, record, stack, bool(stamps))
         else:
             there = [shard for shard in mine if os.path.lexists(out / shard.name)]
             done = find_done(there, out, options.workers)
             if len(done) < len(mine) and not options.dry_run:
                 await_plan(out, digest_of(plan), ranks.rank)
-        if options.dry_run or (record.status == "complete" and ranks.count == 1):
+        if options.dry_run or (record.status == "complete" and ranks.count == 1 and not stamps):
             return
+        for folder in sorted({path.parent for path in stamps} - {plan.root}):
+            lock(folder, stack, must=True)
         todo = [shard for shard in mine if shard.name not in done]
-        if todo:
+        if todo or stamps:
             pool = [Worker(options.device, WINDOW) for _ in range(options.workers)]
+        if options.delete_source:
+            write_and_empty(emptying_order(plan, done), done, pool, stamps, record)
+        elif todo:
             write_shards(todo, out, pool, ranks.rank > 0)
         if ranks.rank == 0:
             await_shards([shard for shard in plan.shards if shard not in mine], out)
@@ -2814,23 +3110,22 @@ def make_output(plan: Plan, side: SideFiles, options: Options, record: Report) -
     record.bytes_written = sum(shard.size for shard in todo)
     record.status = "converted" if record.status == "planned" else record.status
     record.seconds = dict(sum((worker.seconds for worker in pool), Counter()))
-    counts = sum((worker.nonfinite for worker in pool), Counter())
-    record.NaN, record.infinite = ({name: count for (what, name), count in counts.items()
-                                    if what == kind} for kind in NONFINITE)
+    record.NaN, record.infinite = map(count_nonfinite(pool).get, NONFINITE)
 
 
 def prepare(plan: Plan, side: SideFiles, options: Options, record: Report,
-            stack: ExitStack) -> set[str]:
+            stack: ExitStack, emptying: bool) -> set[str]:
     """Look at the output, say what is there, lock it, and remove what must go.
 
-    Returns the names of the shards that are done. stack: holds the lock.
+    Returns the names of the shards that are done. stack: holds the lock. emptying: there is work
+    even if the output is complete.
     """
     out, several = options.output, options.ranks.count > 1
     if several and not options.dry_run:
         (out / RANKS_NAME).unlink(missing_ok=True)  # of a job that was killed
     state = inspect_output(plan, out, side, options.workers)
     tell_state(state, plan, options, record)
-    if options.dry_run or (record.status == "complete" and not several):
+    if options.dry_run or (record.status == "complete" and not several and not emptying):
         return state.done
     for name in [*side.texts, *(shard.name for shard in plan.shards)]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -2876,6 +3171,8 @@ def tell_converted(record: Report, ranks: Ranks) -> None:
     if names := record.kept_in_fp8:
         say(f"{counted(len(names), 'weight')} {'is' if len(names) == 1 else 'are'} still FP8: the "
             "output will not load correctly; see --missing-scale")
+    if record.options.delete_source:
+        say(f"{record.options.input} now holds headers and side files only")
 
 
 def tell_verified(record: Report, options: Options) -> None:
@@ -2895,6 +3192,9 @@ def tell_verified(record: Report, options: Options) -> None:
     if options.ranks.rank == 0:
         say(f"Verified {counted(record.output['tensors'], 'tensor')}: no differences; "
             f"{sized(size)} read, {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
+        if record.not_compared:
+            say(f"Not compared: the values of {counted(record.not_compared, 'tensor')}, of which "
+                "the input has been emptied")
 
 
 def make_options(fp8_path, bf16_path, report=None, **options) -> Options:
@@ -2925,13 +3225,17 @@ def write_report(record: Report, file) -> None:
         write_whole(path.with_stem(f"{path.stem}.rank{rank}") if rank else path, text)
 
 
+def default_workers(ranks: Ranks) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, max(4, 2 * (cores or 1) // ranks.local_count))
+
+
 def resolved(options: Options) -> Options:
     """Return options with the device and the number of workers that will be used, and say them."""
-    ranks, workers = options.ranks, options.workers
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = min(16, max(4, 2 * (cores or 1) // ranks.local_count))
+    ranks, workers = options.ranks, options.workers or default_workers(options.ranks)
     device, why = pick_device(options.device, ranks.local_rank)
+    if options.delete_source:
+        say("Input shards will be emptied as their output is verified")
     if ranks.rank == 0:
         where = "Verifying on the CPU" if options.verify else f"Device: {device} ({why})"
         several = f", {ranks.count} ranks" if ranks.count > 1 else ""
@@ -2951,21 +3255,69 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path |
     options = make_options(fp8_path, bf16_path, report, **options)
     file = open_report(options.report)
     options, ranks = resolved(options), options.ranks
-    plan = make_plan(options.input, options.missing_scale)
-    side = find_side_files(plan)
-    record = report_plan(plan, side, options)
-    if options.verify:
-        record.differences, record.damaged_shards = find_differences(
-            plan, options.output, side, options.workers, ranks)
-        record.status = "different" if record.differences else "verified"
-    else:
-        make_output(plan, side, options, record)
+    with ExitStack() as stack:
+        if options.delete_source and not options.dry_run and options.input.is_dir():
+            lock(options.input, stack, must=True)
+        plan = make_plan(options.input, options.missing_scale)
+        side = find_side_files(plan)
+        record = report_plan(plan, side, options)
+        if options.verify:
+            record.differences, record.damaged_shards = find_differences(
+                plan, options.output, side, options.workers, ranks)
+            record.status = "different" if record.differences else "verified"
+            record.not_compared = sum(1 for step in plan.steps if step.emptied)
+        else:
+            make_output(plan, side, options, record)
     record.seconds["total"] = time.perf_counter() - began
     write_report(record, file)
     if options.verify:
         tell_verified(record, options)
     elif not options.dry_run:
         tell_converted(record, ranks)
+
+
+def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
+                 names: Iterable[str] | Callable[[str], bool] | None = None,
+                 missing_scale: str = "error",
+                 workers: int | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of the checkpoint in a folder, by the names, dtypes, shapes and bytes that
+    its conversion would have, in the order of the shards.
+
+    device: where the tensors are to be; CUDA dequantizes there. names: those that are wanted, or
+    what tells whether one is. missing_scale: as in make_plan. workers: threads that read ahead, a
+    window of 16 MiB each. Every tensor owns its memory, and none is kept here. What stands in
+    folders below is another checkpoint: give its folder.
+
+    Raises CheckpointError as the conversion does, before anything is read, or for an emptied shard;
+    KeyError for a name that the checkpoint lacks; UsageError for a device that does not work.
+    """
+    options = Options(Path(fp8_path).expanduser(), Path(os.devnull), workers=workers,
+                      missing_scale=missing_scale)
+    plan, target = make_plan(options.input, missing_scale), torch.device(device)
+    steps = {step.output.name: (shard, step) for part in plan.parts if part.folder == Path()
+             for shard in part.shards for step in shard.steps}
+    wanted = {*filter(names, steps)} if names is None or callable(names) else {*names}
+    if unknown := sorted(wanted - steps.keys()):
+        raise KeyError(f"{fp8_path}: holds no tensor {unknown[0]}")
+    chosen = [entry for name, entry in steps.items() if name in wanted]
+    for shard, step in chosen:
+        if step.emptied:
+            raise step.source.error("has been emptied by --delete-source; read the converted "
+                                    f"checkpoint instead, of which {shard.name} holds it")
+    for line in find_implausible(plan):
+        warnings.warn(line, stacklevel=2)
+    compute = pick_device(str(device))[0] if target.type == "cuda" else "cpu"
+    pool = [Worker(compute, WINDOW) for _ in range(workers or default_workers(ALONE))]
+    try:
+        for step, data in read_ahead(chosen, pool, target):
+            tensor = data.view(getattr(torch, TORCH_NAMES[step.output.dtype]))
+            yield step.output.name, tensor.view(step.output.shape)
+    finally:
+        for worker in pool:
+            worker.close()
+    for kind, found in count_nonfinite(pool).items():
+        if found:
+            warnings.warn(f"{kind} values in {', '.join(found)}", stacklevel=2)
 
 
 def main(fp8_path: str | Path, bf16_path: str | Path, **options) -> None:
@@ -2991,6 +3343,8 @@ def cli(arguments: list[str] | None = None) -> int:
         help="FP8 weights without a scale: keep them FP8 (default), cast with scale 1, or refuse")
     add("--dry-run", action="store_true", help="print the plan and the space it needs")
     add("--verify", action="store_true", help="compare an existing output with the input")
+    add("--delete-source", action="store_true",
+        help="empty each input shard once its output is verified, if the disk cannot hold both")
     add("--report", metavar="FILE", help="write a JSON record of it all")
     add("--version", action="version", version=VERSION)
     options = parser.parse_args(arguments)
