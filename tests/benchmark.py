@@ -1,7 +1,7 @@
 """Measure the converter against the disk, the memory, and what else does its work.
 
     python tests/benchmark.py [--size BYTES] [--shards N] [--runs N] [--folder FOLDER] [--plot FILE]
-    python tests/benchmark.py kernel | tuning | scaling | plan | fingerprints | ranks
+    python tests/benchmark.py MODE, one of those below or "kernel"
 
 Contenders, each a process of its own, take turns on one synthetic checkpoint:
 
@@ -29,6 +29,8 @@ the contenders.
 - plan: --dry-run and a run that finds nothing to do on the real layout of DeepSeek-V3, in sparse
   files and with what they hold cached.
 - fingerprints: those of --shards of DeepSeek-V3's 163 shards, which hold data, on a cold cache.
+- tensors: bf16_tensors beside ours and beside safetensors' safe_open on the input and the output.
+- space: what ours takes of the disk, with and without --delete-source, beside what it predicts.
 - ranks: one and two ranks of torchrun on one machine, and how evenly DeepSeek-V3's shards fall on
   more of them.
 """
@@ -103,6 +105,22 @@ def run_ancestor(source: str, out: str) -> None:
     os.sync()
 
 
+def run_tensors(source: str, out: str) -> None:
+    import fp8_cast_bf16
+
+    for _ in fp8_cast_bf16.bf16_tensors(source):
+        pass
+
+
+def run_safe_open(source: str, out: str) -> None:
+    from safetensors import safe_open
+
+    for path in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(path, "pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                shard.get_tensor(name).clone()
+
+
 def run_import(source: str, out: str) -> None:
     import fp8_cast_bf16  # noqa: F401
 
@@ -172,6 +190,11 @@ GPU_COPIES = 32  # of the weight that the CPU gets, or launching would take long
 GPU_RUNS = {"ours on GPU": functools.partial(run_ours, device="cuda")}
 LATER_RUNS = {"verify": run_verify, "reading": run_reading, "again": run_again}
 IMPORT = {"import": run_import}
+TENSOR_RUNS = {
+    "tensors": run_tensors,
+    "safe_open, FP8": run_safe_open,
+    "safe_open, BF16": lambda source, out: run_safe_open(out, out),
+}
 TUNING = {
     f"windows {size} MiB": functools.partial(run_ours, window=size << 20) for size in (4, 8, 32, 64)
 }
@@ -182,7 +205,7 @@ RANK_RUNS = {
     "2 ranks": functools.partial(run_ranks, ranks=2),
 }
 WRITING = {**OURS, **FLOOR, **OTHERS, **GPU_RUNS, **RANK_RUNS, **TUNING}
-ALL_RUNS = {**WRITING, **LATER_RUNS, **PLAN_RUNS, "layout": run_layout}
+ALL_RUNS = {**WRITING, **LATER_RUNS, **TENSOR_RUNS, **PLAN_RUNS, "layout": run_layout}
 
 
 def processor_name() -> str:
@@ -553,6 +576,57 @@ def measure_plan(folder: Path, options: argparse.Namespace) -> dict:
     return {"beyond_import": beyond, **figures}
 
 
+def measure_tensors(folder: Path, options: argparse.Namespace) -> dict:
+    """Time bf16_tensors beside the conversion and beside safe_open on either checkpoint."""
+    source, out = folder / "fp8", folder / "bf16"
+    make_source(source, options)
+    runs = take_turns([*OURS, *TENSOR_RUNS, *IMPORT], source, out, options.runs)
+    figures = {contender: summarize(results) for contender, results in runs.items()}
+    print_table(figures, bytes_of(out))
+    startup, read, made = figures["import"]["wall"], bytes_of(source), bytes_of(out)
+    sizes = {"ours": made, "tensors": made, "safe_open, FP8": read, "safe_open, BF16": made}
+    rates = {name: size / (figures[name]["wall"] - startup) / 1e9 for name, size in sizes.items()}
+    print(f"{read / 1e9:.2f} GB of FP8, {made / 1e9:.2f} GB of BF16; GB/s, net of import: ", end="")
+    print(", ".join(f"{name}: {rate:.2f}" for name, rate in rates.items()))
+    return {**figures, "rates": rates}
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Return how much of the disk the files below a folder take, which may come and go."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.lstat().st_blocks * 512
+    return total
+
+
+def measure_space(folder: Path, options: argparse.Namespace) -> dict:
+    """Take how much of the disk a conversion needs, with and without --delete-source."""
+    source, out, record = folder / "fp8", folder / "bf16", {}
+    for more in ([], ["--delete-source"]):
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
+        make_source(source, options)
+        command = [sys.executable, ROOT / "fp8_cast_bf16.py", "--input-fp8-hf-path", source,
+                   "--output-bf16-hf-path", out, "--device", "cpu", *more]
+        said = subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True)
+        (predicted,) = (line for line in said.stdout.splitlines() if line.startswith("Space"))
+        before, peak, began = bytes_on_disk(folder), 0, time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            peak = max(peak, bytes_on_disk(folder))
+            time.sleep(0.01)
+        seconds = time.perf_counter() - began
+        assert process.returncode == 0
+        after = bytes_on_disk(folder)
+        print(f"{' '.join(more) or 'without it'}: {before / 1e9:.2f} GB before, at most "
+              f"{(peak - before) / 1e9:.2f} more, {after / 1e9:.2f} after; {seconds:.1f} s")
+        print(f"  {predicted.partition(';')[0]}")
+        record[" ".join(more)] = {"before": before, "peak": peak, "after": after,
+                                  "seconds": seconds}
+    return record
+
+
 def measure_fingerprints(folder: Path, options: argparse.Namespace) -> dict:
     """Time the fingerprints of some of DeepSeek-V3's shards, which hold data, on a cold cache."""
     import fp8_cast_bf16
@@ -627,6 +701,8 @@ MODES = {
     "scaling": measure_scaling,
     "plan": measure_plan,
     "fingerprints": measure_fingerprints,
+    "tensors": measure_tensors,
+    "space": measure_space,
     "ranks": measure_ranks,
 }
 
