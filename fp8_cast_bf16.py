@@ -78,10 +78,12 @@ def import_torch() -> None:
         with warnings.catch_warnings():  # torch warns without numpy; nothing here uses it
             warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
             import torch
+        import safetensors
         from safetensors import SafetensorError, safe_open
         from tqdm import tqdm
-        if [*map(int, re.findall(r"\d+", torch.__version__)[:2])] < [2, 7]:
-            raise ImportError(f"torch is {torch.__version__}")
+        for package, least in ((torch, [2, 7]), (safetensors, [0, 6, 1])):
+            if [*map(int, re.findall(r"\d+", package.__version__)[:3])] < least:
+                raise ImportError(f"{package.__name__} is {package.__version__}")
         import kernel
         from kernel import Grid, ceil_div, pieces
     except ImportError as error:
@@ -3205,24 +3207,35 @@ def make_options(fp8_path, bf16_path, report=None, **options) -> Options:
     return Options(*paths[:2], report=paths[2], **options)
 
 
-def open_report(path: Path | None):
-    """Open a report that is no regular file, such as a pipe, which must not be replaced by one."""
+def report_path(options: Options) -> Path:
+    path, rank = options.report.resolve(), options.ranks.rank
+    return path.with_stem(f"{path.stem}.rank{rank}") if rank else path
+
+
+def open_report(options: Options):
+    """Open a report that is no regular file, such as a pipe, which must not be replaced by one.
+
+    A regular one goes, so that none of an earlier run stays if this one fails.
+    """
+    path = options.report
     standard = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(str(path), str(path))
     if found := re.fullmatch(r"/dev/fd/(\d{1,6})", standard):
         return open(os.dup(int(found[1])), "w")
-    return open(path, "w") if path and path.exists() and not path.is_file() else None
+    if path and path.exists() and not path.is_file():
+        return open(path, "w")
+    if path:
+        report_path(options).unlink(missing_ok=True)
+    return None
 
 
 def write_report(record: Report, file) -> None:
-    """Write a record into the file that open_report has opened, or replace the one of its name."""
-    path, rank = record.options.report, record.options.ranks.rank
+    """Write a record into the file that open_report has opened, or into one of its own."""
     text = json.dumps(asdict(record), indent=2, default=str) + "\n"
     if file:
         with file:
             file.write(text)
-    elif path:
-        path = path.resolve()
-        write_whole(path.with_stem(f"{path.stem}.rank{rank}") if rank else path, text)
+    elif record.options.report:
+        write_whole(report_path(record.options), text)
 
 
 def default_workers(ranks: Ranks) -> int:
@@ -3253,7 +3266,7 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path |
     """
     began = time.perf_counter()
     options = make_options(fp8_path, bf16_path, report, **options)
-    file = open_report(options.report)
+    file = open_report(options)
     options, ranks = resolved(options), options.ranks
     with ExitStack() as stack:
         if options.delete_source and not options.dry_run and options.input.is_dir():

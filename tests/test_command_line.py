@@ -201,6 +201,7 @@ def test_the_report_holds_what_was_done(tmp_path):
         "missing_scale": "keep",
         "dry_run": False,
         "verify": False,
+        "delete_source": False,
         "report": str(tmp_path / "r.json"),
         "ranks": [0, 1, 0, 1],
     }
@@ -367,6 +368,15 @@ def test_a_torch_that_is_too_old_or_missing_is_answered_by_what_is_needed(
     assert done.returncode in (1, 2)
     assert done.stderr.splitlines()[-1].endswith(f"{said}; {NEEDED}")
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_safetensors_that_is_too_old_is_answered_by_what_is_needed(source, tmp_path):
+    (tmp_path / "safetensors.py").write_text(
+        "__version__, SafetensorError, safe_open = '0.5.3', Exception, None")
+    done = run(source, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(f"safetensors is 0.5.3; {NEEDED}")
     assert not (tmp_path / "out").exists()
 
 
@@ -559,6 +569,14 @@ def test_a_report_to_a_device_does_not_replace_it(source):
     assert cli(arguments(source, "--report", "/dev/null")) == 0
     assert (os.stat("/dev/null").st_ino, os.stat("/dev/null").st_rdev) == (
         before.st_ino, before.st_rdev)
+
+
+def test_a_report_of_an_earlier_run_does_not_stay_when_a_run_fails(source, tmp_path):
+    report = tmp_path / "report.json"
+    report.write_text('{"status": "converted"}')
+    (source / "config.json").write_text("{")
+    assert cli(arguments(source, "--report", str(report))) == 1
+    assert not report.exists()
 
 
 def test_a_report_to_a_pipe_is_written_into_it(source, tmp_path):
