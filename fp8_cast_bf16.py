@@ -1755,7 +1755,7 @@ def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
     """
     scale, global_scale = quantization.scale, quantization.global_scale
     if scale is None:
-        return torch.ones(1, 1)
+        return torch.ones(1, 1, dtype=torch.float32)
     top, bottom, left, right = region
     rows, cols = quantization.grid.scale_shape
     raw = worker.elements("scales", scale, top * cols + left, (bottom - top) * (right - left))
@@ -3268,7 +3268,7 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path |
     options = make_options(fp8_path, bf16_path, report, **options)
     file = open_report(options)
     options, ranks = resolved(options), options.ranks
-    with ExitStack() as stack:
+    with torch.device("cpu"), ExitStack() as stack:  # whatever device the caller has set
         if options.delete_source and not options.dry_run and options.input.is_dir():
             lock(options.input, stack, must=True)
         plan = make_plan(options.input, options.missing_scale)
@@ -3317,10 +3317,11 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
         if step.emptied:
             raise step.source.error("has been emptied by --delete-source; read the converted "
                                     f"checkpoint instead, of which {shard.name} holds it")
-    for line in find_implausible(plan):
-        warnings.warn(line, stacklevel=2)
-    compute = pick_device(str(device))[0] if target.type == "cuda" else "cpu"
-    pool = [Worker(compute, WINDOW) for _ in range(workers or default_workers(ALONE))]
+    with torch.device("cpu"):  # whatever device the caller has set
+        for line in find_implausible(plan):
+            warnings.warn(line, stacklevel=2)
+        compute = pick_device(str(device))[0] if target.type == "cuda" else "cpu"
+        pool = [Worker(compute, WINDOW) for _ in range(workers or default_workers(ALONE))]
     try:
         for step, data in read_ahead(chosen, pool, target):
             tensor = data.view(getattr(torch, TORCH_NAMES[step.output.dtype]))

@@ -61,7 +61,8 @@ class NumberFormat:
         codes = torch.arange(256, dtype=torch.uint8)
         if self.codes_per_byte == 1:
             return codes.view(self.meaning).float()[:, None]
-        return torch.tensor(self.meaning)[torch.stack([codes & 15, codes >> 4], 1).int()]
+        meaning = torch.tensor(self.meaning, dtype=torch.float32)
+        return meaning[torch.stack([codes & 15, codes >> 4], 1).int()]
 
     @functools.cached_property
     def constants(self) -> dict[str, int | float]:
@@ -73,9 +74,9 @@ class NumberFormat:
         # A smaller scale can take over RESCALE, or be multiplied with any value, without overflow.
         largest = 2.0 ** (2 ** (self.exponent_bits - 1) + 1) if self.exponent_bits else 128.0
         rescale = self.too_small(8) if self.exponent_bits else 1.0
-        limit = torch.tensor(2.0**127 / max(rescale, largest)).view(torch.int32).item()
+        limit = torch.tensor(2.0**127 / max(rescale, largest), dtype=torch.float32)
         return {"EXPONENT_BITS": self.exponent_bits, "CODES_PER_BYTE": self.codes_per_byte,
-                "SHIFT": shift, "MASK": mask, "NONFINITE": self.nonfinite, "LIMIT": limit,
+                "SHIFT": shift, "MASK": mask, "NONFINITE": self.nonfinite, "LIMIT": limit.view(torch.int32).item(),
                 "RESCALE": rescale,
                 "FLIP": self.offset * 0x11}  # Subtracting 8 is flipping the top bit.
 
