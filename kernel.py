@@ -76,8 +76,8 @@ class NumberFormat:
         rescale = self.too_small(8) if self.exponent_bits else 1.0
         limit = torch.tensor(2.0**127 / max(rescale, largest), dtype=torch.float32)
         return {"EXPONENT_BITS": self.exponent_bits, "CODES_PER_BYTE": self.codes_per_byte,
-                "SHIFT": shift, "MASK": mask, "NONFINITE": self.nonfinite, "LIMIT": limit.view(torch.int32).item(),
-                "RESCALE": rescale,
+                "SHIFT": shift, "MASK": mask, "NONFINITE": self.nonfinite,
+                "LIMIT": limit.view(torch.int32).item(), "RESCALE": rescale,
                 "FLIP": self.offset * 0x11}  # Subtracting 8 is flipping the top bit.
 
 
