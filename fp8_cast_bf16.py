@@ -2543,11 +2543,12 @@ def lock(folder: Path, stack: ExitStack, must: bool = False) -> None:
 
     Raises CheckpointError if another run has it, or if nothing can be locked there but `must` be.
     """
+    if fcntl:
+        number = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, number)
     try:
         if not fcntl:
             raise OSError("this system knows no locks")
-        number = os.open(folder, os.O_RDONLY)
-        stack.callback(os.close, number)
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise CheckpointError(f"{folder}: another run is writing there; let it end. Started "

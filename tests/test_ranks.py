@@ -167,7 +167,8 @@ def test_ranks_make_the_folders_of_a_checkpoint_as_one_process_does(tmp_path):
 
 def test_several_processes_without_torchrun_are_told_so(folder):
     environment = {**os.environ, "OMPI_COMM_WORLD_RANK": "1", "SLURM_PROCID": "1"}
-    path = script(folder, "time.sleep(0.05)")
+    told = folder / "told"
+    path = script(folder, f"while not os.path.exists({str(told)!r}): time.sleep(0.01)")
     command = [sys.executable, str(path), *arguments(folder / "in", *CPU)]
     environment |= {"RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
@@ -177,6 +178,7 @@ def test_several_processes_without_torchrun_are_told_so(folder):
             time.sleep(0.01)
         second = subprocess.run(command, env=environment, capture_output=True, text=True)
     finally:
+        told.touch()
         assert first.wait() == 0
     assert second.returncode == 1
     assert "Started several times? Start it once, or with torchrun" in second.stderr
