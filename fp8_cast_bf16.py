@@ -1675,46 +1675,55 @@ def render(shard: Shard, header: bytes, start: int, stop: int, worker: Worker) -
 
 
 def windows_of(chosen: list[tuple[Shard, Step]]) -> Iterator[tuple[Shard, int, int]]:
-    """Yield windows that cover the given tensors and nothing else."""
-    for shard, group in itertools.groupby(chosen, key=lambda entry: entry[0]):
-        start = stop = 0
-        for output in [*(step.output for _, step in group), None]:
-            if output is None or output.start != stop:
-                for at in range(start, stop, WINDOW):
-                    yield shard, at, min(at + WINDOW, stop)
-                start = output.start if output else 0
-            stop = output.stop if output else 0
+    """Yield windows that cover the given tensors, in their order, and nothing else."""
+    runs = []  # Tensors that follow each other in a shard share windows.
+    for shard, step in chosen:
+        if runs and runs[-1][0] is shard and runs[-1][2] == step.output.start:
+            runs[-1][2] = step.output.stop
+        else:
+            runs.append([shard, step.output.start, step.output.stop])
+    return ((shard, at, min(at + WINDOW, stop)) for shard, start, stop in runs
+            for at in range(start, stop, WINDOW))
 
 
 def read_ahead(chosen: list[tuple[Shard, Step]], pool: list[Worker],
-               device: torch.device) -> Iterator[tuple[Step, torch.Tensor]]:
-    """Yield the bytes of tensors in their order, uint8 on a device.
+               device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors in their order, by name, each in memory of its own on a device.
 
-    Each worker is a window ahead, in its buffer, until that has been copied.
+    Every worker renders a window ahead, which stays in its buffer until it has been copied.
     """
     threads, windows, pending = torch.get_num_threads(), windows_of(chosen), deque()
-    idle = [*pool]
     executor = ThreadPoolExecutor(len(pool), initializer=begin_thread)
+
+    def submit(worker: Worker) -> None:
+        for shard, start, stop in itertools.islice(windows, 1):
+            future = executor.submit(render, shard, b"", start, stop, worker)
+            pending.append((future, start, worker))
+
     try:
+        for worker in pool:
+            submit(worker)
         for _, step in chosen:
-            data, at = torch.empty(step.output.size, dtype=torch.uint8, device=device), 0
-            while at < len(data):
-                while idle and (window := next(windows, None)):
-                    worker = idle.pop()
-                    future = executor.submit(render, window[0], b"", *window[1:], worker)
-                    pending.append((future, *window[1:], worker))
-                future, start, stop, worker = pending[0]
-                first = step.output.start + at - start
-                part = future.result()[first : first + len(data) - at]
-                data[at : at + len(part)].copy_(part)
+            output, at = step.output, step.output.start
+            data = torch.empty(output.size, dtype=torch.uint8, device=device)
+            while at < output.stop:
+                future, start, worker = pending[0]
+                window = future.result()
+                part = window[at - start : output.stop - start]
+                data[at - output.start :][: len(part)] = part
                 at += len(part)
-                if step.output.start + at == stop:
-                    idle.append(worker)
+                if at == start + len(window):
                     pending.popleft()
-            torch.set_num_threads(threads)  # A worker's setting holds for all threads to come.
-            yield step, data
+                    submit(worker)
+            dtype = getattr(torch, TORCH_NAMES[output.dtype])
+            torch.set_num_threads(threads)  # begin_thread sets it for all threads to come.
+            yield output.name, data.view(dtype).view(output.shape)
+            del data  # Before the next takes memory, if the caller has let go of it, too.
     finally:
         executor.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+        for worker in pool:
+            worker.close()
 
 
 def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
@@ -1990,7 +1999,7 @@ def kind_of(step: Step) -> str:
     return f"{reading.number_format}, {reading.scale.dtype} scale per {block}{second}"
 
 
-def find_implausible(plan: Plan) -> list[str]:
+def find_implausible(planned: Iterable[Step]) -> list[str]:
     """Return a line for each kind of weight whose sampled values are not those of a weight.
 
     A misread format (an inverse scale that is multiplied, exponents read as numbers, a divisor used
@@ -1998,7 +2007,7 @@ def find_implausible(plan: Plan) -> list[str]:
     scales in tiles, the order of nibbles, and factors below a hundred.
     """
     kinds, worker, found = {}, Worker(), []
-    for step in plan.steps:
+    for step in planned:
         if step.quantization and not step.emptied:
             kinds.setdefault(kind_of(step), []).append(step)
     for kind, steps in kinds.items():
@@ -3018,7 +3027,7 @@ def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
         sum(len(part.reading.dropped) for part in plan.parts),
         [tensor.name for part in plan.parts for tensor in part.reading.orphans],
         dict.fromkeys(missing["keep"], "no scale"), missing["cast"], side.left_out,
-        find_apart_experts(plan), find_implausible(plan), warnings)
+        find_apart_experts(plan), find_implausible(steps), warnings)
     if options.ranks.rank == 0:
         tell_plan(report)
     return report
@@ -3305,31 +3314,30 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
     Raises CheckpointError as the conversion does, before anything is read, or for an emptied shard;
     KeyError for a name that the checkpoint lacks; UsageError for a device that does not work.
     """
-    options = Options(Path(fp8_path).expanduser(), Path(os.devnull), workers=workers,
-                      missing_scale=missing_scale)
-    plan, target = make_plan(options.input, missing_scale), torch.device(device)
+    options = make_options(fp8_path, os.devnull, workers=workers, missing_scale=missing_scale)
+    target = torch.device(device)
+    if target.type == "cuda":
+        current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        target, _ = pick_device(str(target), current)
+    plan = make_plan(options.input, missing_scale)
     steps = {step.output.name: (shard, step) for part in plan.parts if part.folder == Path()
              for shard in part.shards for step in shard.steps}
-    wanted = {*filter(names, steps)} if names is None or callable(names) else {*names}
+    if not steps:
+        folders = ", ".join(str(part.folder) for part in plan.parts)
+        raise CheckpointError(f"{options.input}: holds tensors in folders only; give one of them: "
+                              f"{folders}")
+    wanted = {*steps} if names is None else {*(filter(names, steps) if callable(names) else names)}
     if unknown := sorted(wanted - steps.keys()):
         raise KeyError(f"{fp8_path}: holds no tensor {unknown[0]}")
     chosen = [entry for name, entry in steps.items() if name in wanted]
     for shard, step in chosen:
-        if step.emptied:
-            raise step.source.error("has been emptied by --delete-source; read the converted "
-                                    f"checkpoint instead, of which {shard.name} holds it")
-    with torch.device("cpu"):  # whatever device the caller has set
-        for line in find_implausible(plan):
-            warnings.warn(line, stacklevel=2)
-        compute = pick_device(str(device))[0] if target.type == "cuda" else "cpu"
-        pool = [Worker(compute, WINDOW) for _ in range(workers or default_workers(ALONE))]
-    try:
-        for step, data in read_ahead(chosen, pool, target):
-            tensor = data.view(getattr(torch, TORCH_NAMES[step.output.dtype]))
-            yield step.output.name, tensor.view(step.output.shape)
-    finally:
-        for worker in pool:
-            worker.close()
+        for path in step.emptied:
+            raise CheckpointError(f"{path}: has been emptied by --delete-source; read "
+                                  f"{step.output.name} from {shard.name} of its output")
+    for line in find_implausible(step for _, step in chosen):
+        warnings.warn(line, stacklevel=2)
+    pool = [Worker(target, WINDOW) for _ in range(workers or default_workers(ALONE))]
+    yield from read_ahead(chosen, pool, target)
     for kind, found in count_nonfinite(pool).items():
         if found:
             warnings.warn(f"{kind} values in {', '.join(found)}", stacklevel=2)

@@ -11,6 +11,7 @@ import re
 import socket
 import subprocess
 import sys
+import warnings
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fp8_cast_bf16 import CheckpointError, main
+from fp8_cast_bf16 import CheckpointError, bf16_tensors, main
 
 ROOT = Path(__file__).parent.parent
 PACKED, E8M0 = torch.uint8, torch.float8_e8m0fnu
@@ -361,6 +362,8 @@ def convert(
     index = shards is given if index is None else index
     write_checkpoint(tmp_path / "in", shards, config, index)
     main(tmp_path / "in", tmp_path / "out", **options)
+    missing_scale = options.get("missing_scale", "keep")
+    assert_yields(tmp_path / "in", tmp_path / "out", missing_scale=missing_scale, workers=1)
     check_again(tmp_path / "in", tmp_path / "out", **options)
     got = load_checkpoint(tmp_path / "out")
     if expected is not None:
@@ -368,6 +371,26 @@ def convert(
         for tensor_name, tensor in expected.items():
             assert_same_bits(got[tensor_name], tensor)
     return got
+
+
+def stored(folder: Path) -> list[tuple[str, torch.Tensor]]:
+    """Return the tensors of a folder's shards in the order in which they stand there."""
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        data, tensors = path.read_bytes(), load_file(path)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        found += [(name, tensors[name]) for name in header if name != "__metadata__"]
+    return found
+
+
+def assert_yields(source: Path, out: Path, **options) -> None:
+    """See that bf16_tensors yields what the conversion has written, in the same order."""
+    with warnings.catch_warnings(action="ignore"):
+        got = [*bf16_tensors(source, **options)]
+    expected = stored(out)
+    assert [name for name, _ in got] == [name for name, _ in expected]
+    for (_, tensor), (_, other) in zip(got, expected, strict=True):
+        assert_same_bits(tensor, other)
 
 
 def check_again(source: Path, out: Path, **options) -> None:
