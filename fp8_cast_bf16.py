@@ -3312,7 +3312,7 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
     folders below is another checkpoint: give its folder.
 
     Raises CheckpointError as the conversion does, before anything is read, or for an emptied shard;
-    KeyError for a name that the checkpoint lacks; UsageError for a device that does not work.
+    KeyError for a name that the checkpoint lacks; UsageError for CUDA that does not work.
     """
     options = make_options(fp8_path, os.devnull, workers=workers, missing_scale=missing_scale)
     target = torch.device(device)
@@ -3323,7 +3323,7 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
     steps = {step.output.name: (shard, step) for part in plan.parts if part.folder == Path()
              for shard in part.shards for step in shard.steps}
     if not steps:
-        folders = ", ".join(str(part.folder) for part in plan.parts)
+        folders = ", ".join(part.folder.as_posix() for part in plan.parts if part.shards)
         raise CheckpointError(f"{options.input}: holds tensors in folders only; give one of them: "
                               f"{folders}")
     wanted = {*steps} if names is None else {*(filter(names, steps) if callable(names) else names)}
