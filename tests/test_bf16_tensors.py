@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -87,6 +88,21 @@ def threads():
     assert {*threading.enumerate()} == before
 
 
+@pytest.fixture
+def three_threads():
+    """torch computes with three threads, here and in threads to come."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def threads_of_another_thread():
+    """Return how many threads torch computes with in a new thread."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(torch.get_num_threads).result()
+
+
 def open_files():
     """Return the safetensors files that this process holds open."""
     found = []
@@ -157,13 +173,13 @@ def test_no_dtype_of_an_output_lacks_a_name_in_torch(tmp_path):
 
 def test_two_codes_in_a_byte_are_as_many_elements(tmp_path, monkeypatch):
     monkeypatch.setattr(fp8_cast_bf16, "WINDOW", 4096)
-    codes, scale = packed(70, 64), torch.full((70, 4), 127, dtype=torch.uint8)
+    codes, scale = packed(70, 64), torch.full((70, 4), 125, dtype=torch.uint8)
     raw = {"e.weight": ("F4", [70, 128], codes), "e.scale": ("F8_E8M0", [70, 4], scale)}
     write_raw(tmp_path / "in" / SHARD, raw)
     write_json(tmp_path / "in/config.json", CONFIG)
     [(name, tensor)] = bf16_tensors(tmp_path / "in", workers=2)
     assert name == "e.weight"
-    assert_same_bits(tensor, dequantized(fp4_values(codes), torch.ones(70, 4), (1, 32)))
+    assert_same_bits(tensor, dequantized(fp4_values(codes), torch.full((70, 4), 0.25), (1, 32)))
 
 
 def test_shards_are_taken_in_the_order_of_their_names(tmp_path):
@@ -274,6 +290,15 @@ def test_chosen_tensors_are_the_same_as_among_all(source, monkeypatch, window, s
         assert [*got] == names
         for name, tensor in got.items():
             assert_same_bits(tensor, everything[name])
+
+
+def test_a_window_never_reaches_into_another_shard(tmp_path):
+    shards = {ONE: {"a": torch.full((16,), 1.0), "b": torch.full((16,), 2.0)},
+              TWO: {"c": torch.full((16,), 3.0), "d": torch.full((16,), 4.0)}}
+    source = write_checkpoint(tmp_path / "in", shards)  # d begins at the byte where a ends.
+    got = [(name, tensor.unique().tolist())
+           for name, tensor in bf16_tensors(source, names=["a", "d"])]
+    assert got == [("a", [1.0]), ("d", [4.0])]
 
 
 def test_nothing_is_read_but_what_the_names_need(source, reads):
@@ -501,28 +526,26 @@ def test_an_error_in_a_worker_reaches_the_consumer_and_leaves_nothing(source, mo
 
 
 @pytest.mark.parametrize("close", CLOSINGS)
-def test_torch_has_as_many_threads_as_before(source, monkeypatch, close):
-    before, counts = torch.get_num_threads(), []
-    torch.set_num_threads(3)
-    try:
-        monkeypatch.setattr(fp8_cast_bf16, "WINDOW", 4096)
-        close(bf16_tensors(source, workers=2))
-        other = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
-        other.start()
-        other.join()
-        assert [torch.get_num_threads(), *counts] == [3, 3]
-    finally:
-        torch.set_num_threads(before)
+def test_torch_has_as_many_threads_as_before(source, monkeypatch, three_threads, close):
+    monkeypatch.setattr(fp8_cast_bf16, "WINDOW", 4096)
+    close(bf16_tensors(source, workers=2))
+    assert (torch.get_num_threads(), threads_of_another_thread()) == (3, 3)
 
 
-def test_the_consumer_computes_with_its_own_number_of_threads(source, monkeypatch):
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        monkeypatch.setattr(fp8_cast_bf16, "WINDOW", 4096)
-        assert {torch.get_num_threads() for _ in bf16_tensors(source, workers=2)} == {3}
-    finally:
-        torch.set_num_threads(before)
+def test_torch_has_as_many_threads_as_before_after_an_error(source, monkeypatch, three_threads):
+    monkeypatch.setattr(fp8_cast_bf16, "render", lambda *window: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(bf16_tensors(source, workers=2))
+    assert (torch.get_num_threads(), threads_of_another_thread()) == (3, 3)
+
+
+def test_the_consumer_computes_with_its_own_number_of_threads(source, monkeypatch, three_threads):
+    monkeypatch.setattr(fp8_cast_bf16, "WINDOW", 4096)
+    assert {torch.get_num_threads() for _ in bf16_tensors(source, workers=2)} == {3}
+
+
+def test_threads_that_the_consumer_starts_meanwhile_have_as_many(source, three_threads):
+    assert {threads_of_another_thread() for _ in bf16_tensors(source, workers=1)} == {3}
 
 
 def test_two_at_once_do_not_mix(source, monkeypatch, threads):
