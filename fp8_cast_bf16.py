@@ -3299,6 +3299,26 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, *, report: str | Path |
         tell_converted(record, ranks)
 
 
+def find_wanted(plan: Plan, names: Iterable[str] | Callable[[str], bool] | None
+                ) -> list[tuple[Shard, Step]]:
+    """Return the tensors of the root that are wanted, each with its shard, in their order there."""
+    steps = {step.output.name: (shard, step) for part in plan.parts if part.folder == Path()
+             for shard in part.shards for step in shard.steps}
+    if not steps:
+        folders = ", ".join(part.folder.as_posix() for part in plan.parts if part.shards)
+        raise CheckpointError(f"{plan.root}: holds tensors in folders only; give one of them: "
+                              f"{folders}")
+    wanted = {*steps} if names is None else {*(filter(names, steps) if callable(names) else names)}
+    if unknown := sorted(wanted - steps.keys()):
+        raise KeyError(f"{plan.root}: holds no tensor {unknown[0]}")
+    chosen = [entry for name, entry in steps.items() if name in wanted]
+    for shard, step in chosen:
+        for path in step.emptied:
+            raise CheckpointError(f"{path}: has been emptied by --delete-source; read "
+                                  f"{step.output.name} from {shard.name} of its output")
+    return chosen
+
+
 def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
                  names: Iterable[str] | Callable[[str], bool] | None = None,
                  missing_scale: str = "error",
@@ -3315,28 +3335,15 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
     KeyError for a name that the checkpoint lacks; UsageError for CUDA that does not work.
     """
     options = make_options(fp8_path, os.devnull, workers=workers, missing_scale=missing_scale)
-    target = torch.device(device)
-    if target.type == "cuda":
-        current = torch.cuda.current_device() if torch.cuda.is_available() else 0
-        target, _ = pick_device(str(target), current)
-    plan = make_plan(options.input, missing_scale)
-    steps = {step.output.name: (shard, step) for part in plan.parts if part.folder == Path()
-             for shard in part.shards for step in shard.steps}
-    if not steps:
-        folders = ", ".join(part.folder.as_posix() for part in plan.parts if part.shards)
-        raise CheckpointError(f"{options.input}: holds tensors in folders only; give one of them: "
-                              f"{folders}")
-    wanted = {*steps} if names is None else {*(filter(names, steps) if callable(names) else names)}
-    if unknown := sorted(wanted - steps.keys()):
-        raise KeyError(f"{fp8_path}: holds no tensor {unknown[0]}")
-    chosen = [entry for name, entry in steps.items() if name in wanted]
-    for shard, step in chosen:
-        for path in step.emptied:
-            raise CheckpointError(f"{path}: has been emptied by --delete-source; read "
-                                  f"{step.output.name} from {shard.name} of its output")
-    for line in find_implausible(step for _, step in chosen):
-        warnings.warn(line, stacklevel=2)
-    pool = [Worker(target, WINDOW) for _ in range(workers or default_workers(ALONE))]
+    with torch.device("cpu"):  # whatever device the caller has set
+        target = torch.device(device)
+        if target.type == "cuda":
+            current = torch.cuda.current_device() if torch.cuda.is_available() else 0
+            target, _ = pick_device(str(target), current)
+        chosen = find_wanted(make_plan(options.input, missing_scale), names)
+        for line in find_implausible(step for _, step in chosen):
+            warnings.warn(line, stacklevel=2)
+        pool = [Worker(target, WINDOW) for _ in range(workers or default_workers(ALONE))]
     yield from read_ahead(chosen, pool, target)
     for kind, found in count_nonfinite(pool).items():
         if found:

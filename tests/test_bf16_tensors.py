@@ -5,6 +5,7 @@ checkpoints.convert, through which the tests of formats go.
 """
 
 import contextlib
+import dataclasses
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from checkpoints import (
     FP8_CONFIG,
     INDEX,
     ONE,
+    PACKED,
     PEAK,
     ROOT,
     SHARD,
@@ -36,9 +38,11 @@ from checkpoints import (
     every_code,
     finite_codes,
     fp4_values,
+    method,
     one_weight,
     packed,
     several_kinds,
+    stored,
     write_checkpoint,
     write_json,
     write_raw,
@@ -546,6 +550,33 @@ def test_the_consumer_computes_with_its_own_number_of_threads(source, monkeypatc
 
 def test_threads_that_the_consumer_starts_meanwhile_have_as_many(source, three_threads):
     assert {threads_of_another_thread() for _ in bf16_tensors(source, workers=1)} == {3}
+
+
+@pytest.fixture
+def no_tables(monkeypatch):
+    """Number formats whose tables of values are still to be made."""
+    formats = {name: dataclasses.replace(number_format)
+               for name, number_format in fp8_cast_bf16.kernel.FORMATS.items()}
+    monkeypatch.setattr(fp8_cast_bf16.kernel, "FORMATS", formats)
+
+
+def test_the_caller_s_default_device_and_dtype_change_nothing(tmp_path, no_tables):
+    tensors = {"p.weight": packed(4, 64), "p.weight_scale": torch.full((4, 4), 120, dtype=PACKED),
+               "w.weight": finite_codes(4, 64), "w.weight_scale": torch.full((4, 1), 0.01)}
+    source = write_checkpoint(tmp_path / "in", {SHARD: tensors}, method("quark"), index=False)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            got = [*bf16_tensors(source)]
+            assert torch.ones(1).is_meta
+            main(source, tmp_path / "out")
+            main(source, tmp_path / "out", verify=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [name for name, _ in got] == [name for name, _ in stored(tmp_path / "out")]
+    for name, expected in (("p.weight", fp4_values(tensors["p.weight"]) * 2.0**-7),
+                           ("w.weight", tensors["w.weight"].float() * 0.01)):
+        assert_same_bits(dict(got)[name], expected.bfloat16())
 
 
 def test_two_at_once_do_not_mix(source, monkeypatch, threads):
