@@ -2555,16 +2555,16 @@ def lock(folder: Path, stack: ExitStack, must: bool = False) -> None:
     if fcntl:
         number = os.open(folder, os.O_RDONLY)
         stack.callback(os.close, number)
-    try:
-        if not fcntl:
-            raise OSError("this system knows no locks")
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CheckpointError(f"{folder}: another run is writing there; let it end. Started "
-                              "several times? Start it once, or with torchrun") from error
-    except OSError as error:  # Some network file systems know no locks.
-        if must:
-            raise CheckpointError(f"--delete-source: {folder}: cannot be locked") from error
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            raise CheckpointError(f"{folder}: another run is writing there; let it end. Started "
+                                  "several times? Start it once, or with torchrun") from error
+        except OSError:  # Some network file systems know no locks.
+            pass
+    if must:
+        raise CheckpointError(f"--delete-source: {folder}: cannot be locked")
 
 
 def write_whole(path: Path, content: str | Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from fp8_cast_bf16 import CheckpointError, bf16_tensors, main
@@ -29,6 +29,7 @@ INDEX = "model.safetensors.index.json"
 ONE = "model-00001-of-00002.safetensors"
 TWO = "model-00002-of-00002.safetensors"
 SHARD = "model.safetensors"
+EXTRA = "model-extra.safetensors"
 KEY = "fp8_cast_bf16"  # Of the fingerprint, in the metadata of an output shard.
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 FP8_CONFIG = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
@@ -123,6 +124,15 @@ def special_counts(values: torch.Tensor) -> list[int]:
     return [values.isnan().sum().item(), values.isinf().sum().item()]
 
 
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors have the same dtype, shape and bits."""
+    try:
+        assert_same_bits(one, other)
+    except AssertionError:
+        return False
+    return True
+
+
 def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
     """Compare dtype, shape and every bit; name the first element that differs."""
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
@@ -160,15 +170,15 @@ def several_kinds(seed: int = 0) -> tuple[dict, dict]:
     stacked = finite_codes(3, 140, 200, seed=seed)
     one = {
         "a.weight": wide,
-        "b.weight_scale_inv": torch.rand(3, 2),
+        "b.weight_scale_inv": torch.rand(3, 2) / 1000,
         "norm.weight": torch.randn(77).bfloat16(),
         "bias": torch.randn(3),
     }
     two = {
         "b.weight": tall,
-        "a.weight_scale_inv": torch.rand(2, 3),
+        "a.weight_scale_inv": torch.rand(2, 3) / 1000,
         "experts.up_proj": stacked,
-        "experts.up_proj_scale_inv": torch.rand(3, 2, 2),
+        "experts.up_proj_scale_inv": torch.rand(3, 2, 2) / 1000,
         "table": torch.arange(9) * 2**40,
     }
     expected_one = {
@@ -217,6 +227,66 @@ def assert_holds(shard: Path, expected: dict[str, torch.Tensor]) -> None:
     assert {*got} == {*expected}
     for name, tensor in expected.items():
         assert_same_bits(got[name], tensor)
+
+
+def write_independent(folder: Path, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
+    """Write two shards that need each other, one that needs none and one in a folder of its own.
+
+    Returns what comes out, by shard.
+    """
+    given, expected = several_kinds(seed)
+    given[EXTRA], expected[EXTRA] = one_weight("c", seed)
+    draft, expected[f"draft/{SHARD}"] = one_weight("d", seed + 2)
+    write_checkpoint(folder, given, CONFIG)
+    write_checkpoint(folder / "draft", {SHARD: draft}, CONFIG, index=False)
+    (folder / "tokenizer.json").write_text("{}" * 3000)
+    return expected
+
+
+def readable(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the tensors of each shard below a folder; nothing of one that safetensors refuses."""
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            found[path.relative_to(folder).as_posix()] = load_file(path)
+        except SafetensorError:
+            assert is_emptied(path), f"{path} is neither whole nor emptied"
+    return found
+
+
+def is_emptied(path: Path) -> bool:
+    """Return whether a shard ends behind its header, which says that there is more."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    entries = json.loads(content[8 : 8 + size])
+    entries.pop("__metadata__", None)
+    named = max(entry["data_offsets"][1] for entry in entries.values())
+    return len(content) == 8 + size and named > 0
+
+
+def computed(name: str, given: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """Return what comes of a tensor of these that are left of a checkpoint, if it can be told."""
+    tensor, scale = given.get(name), given.get(f"{name}_scale_inv")
+    if tensor is None or tensor.dtype != torch.float8_e4m3fn:
+        return tensor
+    return None if scale is None else dequantized(tensor, scale)
+
+
+def assert_recoverable(
+    source: Path, outs: list[Path], expected: dict[str, dict[str, torch.Tensor]], where: str = ""
+) -> None:
+    """See that every tensor that a conversion makes is in one of the outputs, under its final name
+    and to the last bit, or can be computed from what is left of the input.
+    """
+    left, made = readable(source), [readable(out) for out in outs]
+    for shard, tensors in expected.items():
+        folder, given = Path(shard).parent, {}
+        for path, found in left.items():
+            given |= found if Path(path).parent == folder else {}
+        for name, tensor in tensors.items():
+            found = [computed(name, given), *(shards.get(shard, {}).get(name) for shards in made)]
+            assert any(same_bits(value, tensor) for value in found if value is not None), (
+                f"{where}: {name} of {shard} is lost")
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,11 +1,15 @@
 """Let every single call to the operating system fail, or the process die there, and see what stays.
 
-    python tests/faults.py FOLDER [--every N] [--kills N]
+    python tests/faults.py FOLDER [--every N] [--kills N] [--delete-source]
 
 In the manner of SQLite's I/O error tests: calls that the writing and publishing of a small
 conversion makes are counted, and then, for every k, one run each meets an error, a short count or
 its death at the k-th. After each the output must hold no file that is not whole, and the next run
 must end with the bytes of an undisturbed one. Then runs are killed at random times.
+
+With --delete-source, the conversions empty their input. Then each tensor must at any time stand in
+the output or be what the input still gives, which checkpoints.py computes without the converter;
+and of two runs at once, into two outputs, one must be refused.
 
 A run is a forked child of this process, which has torch imported and no thread running. Prints the
 number of faults of each kind; raises AssertionError for the first that has bad consequences.
@@ -14,6 +18,7 @@ number of faults of each kind; raises AssertionError for the first that has bad 
 import argparse
 import contextlib
 import errno
+import fcntl
 import functools
 import io
 import os
@@ -24,6 +29,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
@@ -37,9 +43,12 @@ from checkpoints import (  # noqa: E402
     CONFIG,
     INDEX,
     arguments,
+    assert_recoverable,
     contents,
+    is_emptied,
     several_kinds,
     write_checkpoint,
+    write_independent,
 )
 
 KINDS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "short": None, "death": None}
@@ -79,6 +88,8 @@ class Layer:
             def readinto(self, data):
                 data = memoryview(data).cast("B")
                 half, read = data[: len(data) // 2 + 1], super().readinto
+                if fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & fp8_cast_bf16.DIRECT:
+                    half = data[: len(data) // 8192 * 4096] or data
                 return layer.call("read", read, data, short=lambda: read(half))
 
             def truncate(self, size=None):
@@ -98,8 +109,9 @@ class Layer:
         return lambda *operands, **options: self.call(name, function, *operands, **options)
 
 
-def run(source: Path, out: Path, log: Path, layer: Layer | None = None, workers: int = 1) -> int:
-    """Convert in a forked child; return its process number."""
+def run(source: Path, out: Path, log: Path, layer: Layer | None = None, workers: int = 1,
+        *more: str) -> int:
+    """Convert in a forked child, with more options; return its process number."""
     child = os.fork()
     if child:
         return child
@@ -111,7 +123,7 @@ def run(source: Path, out: Path, log: Path, layer: Layer | None = None, workers:
         fp8_cast_bf16.WINDOW = WINDOW
         if layer:
             layer.install()
-        options = ["--device", "cpu", "--workers", str(workers)]
+        options = ["--device", "cpu", "--workers", str(workers), *more]
         status = fp8_cast_bf16.cli(arguments(source, *options, out=out))
         if layer and layer.kind is None:
             os.write(1, f"\ncalls {len(layer.calls)}".encode())
@@ -141,66 +153,138 @@ def check(out: Path, expected: dict[str, bytes], where: str, temporary_allowed: 
         assert not absent, f"{where}: looks complete without {absent}"
 
 
-def inject(folder: Path, workers: int, stale: Path | None, every: int) -> dict[str, int]:
-    """Spoil every call of a conversion into an empty folder, or one with a stale output."""
-    source, out, log, spoiled = (folder / name for name in ("in", "out", "log", "spoiled"))
-    expected = contents(folder / "expected")
+class Lab:
+    """A checkpoint, what must come of it, and the place where runs convert it."""
 
-    def reset():
-        shutil.rmtree(out, ignore_errors=True)
-        if stale:
-            shutil.copytree(stale, out)
+    def __init__(self, folder: Path, emptying: bool):
+        self.folder, self.emptying = folder, emptying
+        self.given, self.source, self.out, self.other, self.log, self.spoiled = (
+            folder / name for name in ("given", "in", "out", "other", "log", "spoiled"))
+        self.tensors = several_kinds()[1]
+        if emptying:
+            self.tensors = write_independent(self.given)
+            write_independent(folder / "unlike", seed=1)
+        for name, seed in (("given", 0), ("unlike", 1)):
+            if not emptying:
+                write_checkpoint(folder / name, several_kinds(seed)[0], CONFIG)
+            (folder / name / "sub").mkdir()
+            (folder / name / "sub/tokenizer.json").write_text("{}" * 3000)
+        for name, out in (("given", "expected"), ("unlike", "stale")):
+            assert exit_status(run(folder / name, folder / out, self.log)) == 0
+        self.expected = contents(folder / "expected")
+        shutil.copytree(self.given, self.source)
 
-    reset()
-    assert exit_status(run(source, out, log, Layer(), workers)) == 0
-    assert contents(out) == expected
-    calls = int(log.read_text().rpartition("calls ")[2])
-    assert calls > 60, calls
-    for kind in KINDS:
-        for k in range(1 + (len(kind) + workers) % every, calls + 1, every):
-            reset()
-            where = f"{kind} at call {k} of {calls}, {workers} workers, stale: {bool(stale)}"
-            spoiled.write_text("")
-            status = exit_status(run(source, out, log, Layer(kind, k, spoiled), workers))
-            said, call = log.read_text(), spoiled.read_text()
-            where += f" ({call})"
-            # A folder that is to be made may exist, and with 3 workers a run may take fewer calls.
-            if kind in ("EIO", "ENOSPC") and (status or call not in ("mkdir", "")):
-                assert status == 1, f"{where}: exit {status}: {said}"
-                assert said.count("\nerror: ") == 1, f"{where}: {said}"
-                assert str(folder) in said.rpartition("error: ")[2], f"{where}: {said}"
-                assert "Traceback" not in said, f"{where}: {said}"
-            if kind == "short":
-                assert status == 0, f"{where}: exit {status}: {said}"
-            if status == 0:
-                assert contents(out) == expected, where
-            elif stale is None:
-                check(out, expected, where, temporary_allowed=kind == "death" or call == "unlink")
-            again = exit_status(run(source, out, log, None, workers))
-            assert again == 0, f"after {where}: exit {again}: {log.read_text()}"
-            assert contents(out) == expected, f"after {where}"
-    return dict.fromkeys(KINDS, calls)
+    def reset(self, earlier: str | None = None) -> None:
+        """Begin anew, with an output that was made earlier or with none."""
+        for folder in (self.out, self.other):
+            shutil.rmtree(folder, ignore_errors=True)
+        if earlier:
+            shutil.copytree(self.folder / earlier, self.out)
+        if self.emptying:
+            shutil.rmtree(self.source)
+            shutil.copytree(self.given, self.source)
 
+    def run(self, layer: Layer | None = None, workers: int = 1, out: Path | None = None) -> int:
+        """Start a conversion; return its process number."""
+        more = ["--delete-source"] if self.emptying else []
+        log = self.log if out is None else out.with_suffix(".log")
+        return run(self.source, out or self.out, log, layer, workers, *more)
 
-def kill(folder: Path, times: int) -> int:
-    """Kill runs at random times, each going on with what the last one left."""
-    source, out, log = folder / "in", folder / "out", folder / "log"
-    expected, randomly, killed = contents(folder / "expected"), random.Random(0), 0
-    shutil.rmtree(out, ignore_errors=True)
-    began = time.perf_counter()
-    assert exit_status(run(source, out, log, None, 3)) == 0
-    whole = time.perf_counter() - began
-    for k in range(times):
-        if k % 3 == 0:
-            shutil.rmtree(out, ignore_errors=True)
-        child = run(source, out, log, None, 3)
-        time.sleep(randomly.random() * whole * 0.7)
-        os.kill(child, signal.SIGKILL)
-        killed += exit_status(child) == -signal.SIGKILL
-        check(out, expected, f"kill {k}", temporary_allowed=True)
-    assert exit_status(run(source, out, log, None, 3)) == 0
-    assert contents(out) == expected
-    return killed
+    def check_done(self, where: str) -> None:
+        """See that a run which ended well has made all that it was to make."""
+        assert contents(self.out) == self.expected, where
+        for path in self.source.rglob("*.safetensors") if self.emptying else ():
+            assert is_emptied(path), f"{where}: {path.name} is not emptied"
+
+    def check_recoverable(self, where: str) -> None:
+        assert_recoverable(self.source, [self.out, self.other], self.tensors, where)
+
+    def inject(self, workers: int, earlier: str | None, every: int) -> dict[str, int]:
+        """Spoil every call of a conversion into an empty folder, or one with an earlier output."""
+        self.reset(earlier)
+        assert exit_status(self.run(Layer(), workers)) == 0
+        self.check_done("no fault")
+        calls = int(self.log.read_text().rpartition("calls ")[2])
+        assert calls > 60, calls
+        runs = Counter()
+        for kind in KINDS:
+            for k in range(1 + (len(kind) + workers) % every, calls + 1, every):
+                where = f"{kind} at call {k} of {calls}, {workers} workers, earlier: {earlier}"
+                self.meet(kind, k, workers, earlier, where)
+                runs[kind] += 1
+        return dict(runs)
+
+    def meet(self, kind: str, k: int, workers: int, earlier: str | None, where: str) -> None:
+        """Spoil one call, and see what stays and that the next run completes it."""
+        self.reset(earlier)
+        self.spoiled.write_text("")
+        status = exit_status(self.run(Layer(kind, k, self.spoiled), workers))
+        said, call = self.log.read_text(), self.spoiled.read_text()
+        where += f" ({call})"
+        # A folder that is to be made may exist, and with 3 workers a run may take fewer calls.
+        if kind in ("EIO", "ENOSPC") and (status or call not in ("mkdir", "")):
+            assert status == 1, f"{where}: exit {status}: {said}"
+            assert said.count("\nerror: ") == 1, f"{where}: {said}"
+            assert str(self.folder) in said.rpartition("error: ")[2], f"{where}: {said}"
+            assert "Traceback" not in said, f"{where}: {said}"
+        if kind == "short":
+            assert status == 0, f"{where}: exit {status}: {said}"
+        self.check_recoverable(where)
+        if status == 0:
+            self.check_done(where)
+        elif earlier != "stale":
+            temporary_allowed = kind == "death" or call == "unlink"
+            check(self.out, self.expected, where, temporary_allowed)
+        again = exit_status(self.run(None, workers))
+        assert again == 0, f"after {where}: exit {again}: {self.log.read_text()}"
+        self.check_done(f"after {where}")
+
+    def kill(self, times: int) -> int:
+        """Kill runs at random times, each going on with what the last one left."""
+        randomly, killed = random.Random(0), 0
+        self.reset()
+        began = time.perf_counter()
+        assert exit_status(self.run(None, 3)) == 0
+        whole = time.perf_counter() - began
+        for k in range(times):
+            if k % 3 == 0:
+                self.reset()
+            child = self.run(None, 3)
+            time.sleep(randomly.random() * whole * 0.7)
+            os.kill(child, signal.SIGKILL)
+            killed += exit_status(child) == -signal.SIGKILL
+            check(self.out, self.expected, f"kill {k}", temporary_allowed=True)
+            self.check_recoverable(f"kill {k}")
+        assert exit_status(self.run(None, 3)) == 0
+        self.check_done("after kills")
+        return killed
+
+    def race(self, times: int) -> int:
+        """Start two runs at once that empty one input, and kill one of them; return how many."""
+        randomly, killed, outs = random.Random(0), 0, [self.out, self.other]
+        self.reset()
+        began = time.perf_counter()
+        assert exit_status(self.run()) == 0
+        whole = time.perf_counter() - began
+        for k in range(times):
+            where = f"two runs at once, {k}"
+            if k % 3 == 0:
+                self.reset()
+            children = [self.run(None, 1, out) for out in outs]
+            time.sleep(randomly.random() * whole)
+            if k % 2:
+                os.kill(randomly.choice(children), signal.SIGKILL)
+            ends = [*map(exit_status, children)]
+            killed += -signal.SIGKILL in ends
+            said = "".join(out.with_suffix(".log").read_text() for out in outs)
+            assert {*ends} <= {0, 1, -signal.SIGKILL}, f"{where}: exits {ends}: {said}"
+            assert ends != [0, 0], f"{where}: both emptied the input"
+            self.check_recoverable(where)
+            if k % 3 == 2:
+                ends = [exit_status(self.run(None, 1, out)) for out in outs]
+                assert sorted(ends) == [0, 1], f"after {where}: exits {ends}"
+                assert contents(outs[ends.index(0)]) == self.expected, f"after {where}"
+        return killed
 
 
 def main() -> None:
@@ -208,25 +292,23 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--every", type=int, default=1, help="spoil only every N-th call")
     parser.add_argument("--kills", type=int, default=40, help="how many runs to kill (default 40)")
+    parser.add_argument("--delete-source", action="store_true", help="of runs that empty the input")
     options = parser.parse_args()
-    folder = options.folder
     torch.set_num_threads(1)  # A forked child would wait for OpenMP's threads, which it lacks.
-    for name, seed in (("in", 0), ("other", 1)):
-        write_checkpoint(folder / name, several_kinds(seed)[0], CONFIG)
-        (folder / name / "sub").mkdir()
-        (folder / name / "sub/tokenizer.json").write_text("{}" * 3000)
     fp8_cast_bf16.WINDOW = WINDOW
-    for name, out in (("in", "expected"), ("other", "stale")):
-        assert exit_status(run(folder / name, folder / out, folder / "log")) == 0
+    lab = Lab(options.folder, options.delete_source)
     # The children need not import, nor look up the versions of packages, what this process has.
     metadata.version = functools.cache(metadata.version)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        fp8_cast_bf16.main(folder / "in", folder / "out", dry_run=True)
+        fp8_cast_bf16.main(lab.given, lab.out, dry_run=True)
     assert threading.active_count() == 1
-    for workers, stale in ((1, None), (3, folder / "stale")):
-        counts = inject(folder, workers, stale, options.every)
-        print(f"{workers} workers, {'stale' if stale else 'no'} output: {counts}", flush=True)
-    print(f"{kill(folder, options.kills)} of {options.kills} runs killed before their end")
+    cases = [(1, None), (3, "stale")] + [(1, "expected")] * options.delete_source
+    for workers, earlier in cases:
+        counts = lab.inject(workers, earlier, options.every)
+        print(f"{workers} workers, {earlier or 'no'} output: {counts}", flush=True)
+    print(f"{lab.kill(options.kills)} of {options.kills} runs killed before their end", flush=True)
+    if options.delete_source:
+        print(f"{lab.race(options.kills)} of {options.kills} pairs of runs met a kill")
 
 
 if __name__ == "__main__":
