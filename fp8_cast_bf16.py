@@ -2781,12 +2781,14 @@ def check_source(plan: Plan, options: Options, record: Report) -> dict[Path, tup
 def prove(shard: Shard, out: Path, pool: list[Worker]) -> None:
     """Raise CheckpointError unless a shard of the output reads back from the disk as it should be.
 
-    Workers that read directly see what is on the disk; elsewhere, dropping the file from the page
-    cache has to do.
+    Tensors of which a source is emptied were proven before that; an output of the same headers may
+    have come in between, so the others are compared all the same. Workers that read directly see
+    what is on the disk; elsewhere, dropping the file from the page cache has to do.
     """
     path = out / shard.name
-    sync(path)
-    sync(path.parent)
+    for place in (path, *path.parents[: len(Path(shard.name).parents) + 1]):
+        if os.access(place, os.R_OK):  # The folder that holds the output may not be readable.
+            sync(place)
     if hasattr(os, "posix_fadvise"):
         with open_raw(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -2795,11 +2797,14 @@ def prove(shard: Shard, out: Path, pool: list[Worker]) -> None:
     if whole := holds(shard, path):
         _, tensors = read_header(path)
         names = {tensor.name: tensor for tensor in tensors}
-        first = compare_values([(shard, step, names[step.output.name]) for step in shard.steps],
-                               out, pool, False)
+        first = compare_values([(shard, step, names[step.output.name]) for step in shard.steps
+                                if not step.emptied], out, pool, False)
     if first or not whole:
+        remedy = "Delete it and run the same command again"
+        if shard.emptied:
+            remedy = f"Keep it until {shard.emptied[0]}, which is emptied, is downloaded again"
         raise CheckpointError(f"{path}: does not read back as what the input gives; its input has "
-                              "been left as it is. Delete it and run the same command again")
+                              f"been left as it is. {remedy}")
     for name in itertools.chain(*count_nonfinite(pool).values()):
         raise CheckpointError(f"{path}: {name} has NaN or infinite values, so its input has been "
                               "left as it is; go on without --delete-source if they are right")
@@ -2829,15 +2834,14 @@ def write_and_empty(order: list[tuple[Shard, list[Path]]], done: set[str], pool:
                     stamps: dict[Path, tuple[int, ...]], record: Report) -> None:
     """Write shards one by one, and empty each input shard once all that it gives is proven.
 
-    A shard of which a source is empty already was proven before that was emptied. Raises
-    CheckpointError if emptying does not free space.
+    Raises CheckpointError if emptying does not free space.
     """
     out, watched = record.options.output, False
     provers = [Worker(direct=direct_flag(out)) for _ in pool]
     for number, (shard, paths) in enumerate(order, 1):
         if shard.name not in done:
             write_shards([shard], out, pool, False)
-        if not shard.emptied:
+        if not all(step.emptied for step in shard.steps):
             prove(shard, out, provers)
         for path in paths:
             size, free = data_on_disk(path), shutil.disk_usage(out).free
@@ -3094,6 +3098,9 @@ def make_output(plan: Plan, side: SideFiles, options: Options, record: Report) -
     mine, pool = shards_of_rank(plan.shards, ranks.rank, ranks.count), []
     stamps = check_source(plan, options, record) if options.delete_source else {}
     with ExitStack() as stack:
+        for folder in sorted({path.parent for path in stamps} - {plan.root}):
+            if not options.dry_run:
+                lock(folder, stack, must=True)
         if ranks.rank == 0:
             done = prepare(plan, side, options, record, stack, bool(stamps))
         else:
@@ -3103,8 +3110,6 @@ def make_output(plan: Plan, side: SideFiles, options: Options, record: Report) -
                 await_plan(out, digest_of(plan), ranks.rank)
         if options.dry_run or (record.status == "complete" and ranks.count == 1 and not stamps):
             return
-        for folder in sorted({path.parent for path in stamps} - {plan.root}):
-            lock(folder, stack, must=True)
         todo = [shard for shard in mine if shard.name not in done]
         if todo or stamps:
             pool = [Worker(options.device, WINDOW) for _ in range(options.workers)]
