@@ -1,12 +1,14 @@
 """Let strace spoil the system calls of a conversion, one a run, and see what stays.
 
     python tests/strace.py FOLDER [--every N] [--keep-going] [--calls read,write] [--faults EIO]
+                            [--delete-source]
 
 faults.py stands between the converter and Python's functions; here the kernel itself returns the
 error or delivers the signal, in whatever call Python makes. Calls count that are about a file of
-the input or the output. Faults are met in the main thread, in the only worker, or at the N-th call
+the input or the output. Faults are met in the main thread, in the first worker, or at the N-th call
 of each of several threads that go on with the output of a stopped run. Prints a table of how runs
 ended, and ends with the first that has bad consequences. Exit status 77: strace may not trace here.
+With --delete-source, the conversions empty their input, and no tensor may be lost, as in faults.py.
 """
 
 import argparse
@@ -24,7 +26,6 @@ from pathlib import Path
 
 import faults  # Which makes the path to the converter known.
 import torch
-from safetensors.torch import load_file
 
 import fp8_cast_bf16
 from checkpoints import (
@@ -34,15 +35,18 @@ from checkpoints import (
     ONE,
     SHARD,
     TWO,
-    assert_same_bits,
+    assert_holds,
+    assert_recoverable,
     contents,
+    is_emptied,
     metadata_of,
     several_kinds,
     write_checkpoint,
+    write_independent,
 )
 
 CALLS = """openat read pread64 preadv2 getdents64 newfstatat write pwrite64 ftruncate fsync close
-    rename renameat renameat2 unlink unlinkat mkdir mkdirat flock""".split()
+    rename renameat renameat2 unlink unlinkat mkdir mkdirat flock fadvise64""".split()
 FAULTS = "EIO ENOSPC EDQUOT EINTR EAGAIN SIGKILL SIGTERM".split()
 ENDS = {"SIGKILL": [-signal.SIGKILL], "SIGTERM": [0, 143]}  # Exit statuses; of others 0 and 1.
 WAYS = {"main": 1, "worker": 1, "all": 3}  # Which threads meet faults, and how many workers.
@@ -62,7 +66,13 @@ class Attaching:
         if self.way != "worker":
             return self.wait()
         real = threading.Thread.run
-        threading.Thread.run = lambda thread: [self.wait(), real(thread)]
+
+        def run_first(thread: threading.Thread) -> None:
+            threading.Thread.run = real
+            self.wait()
+            real(thread)
+
+        threading.Thread.run = run_first
 
     def wait(self) -> None:
         os.write(self.pipes[1], b"%d" % threading.get_native_id())
@@ -83,37 +93,45 @@ class Attaching:
 class Lab:
     """A checkpoint, what must come of it, and runs with strace attached."""
 
-    def __init__(self, folder: Path):
-        self.source, self.out, self.log, self.trace = (
-            folder / name for name in ("in", "out", "log", "trace"))
-        given, tensors = several_kinds()
-        write_checkpoint(self.source, given, CONFIG)
-        tensors[f"sub/{SHARD}"] = {"draft": torch.ones(3)}
-        write_checkpoint(self.source / "sub", {SHARD: {"draft": torch.ones(3)}}, index=False)
+    def __init__(self, folder: Path, emptying: bool):
+        self.given, self.source, self.out, self.log, self.trace = (
+            folder / name for name in ("given", "in", "out", "log", "trace"))
+        if emptying:
+            self.tensors = write_independent(self.given)
+        else:
+            given, self.tensors = several_kinds()
+            write_checkpoint(self.given, given, CONFIG)
+            self.tensors[f"sub/{SHARD}"] = {"draft": torch.ones(3)}
+            write_checkpoint(self.given / "sub", {SHARD: {"draft": torch.ones(3)}}, index=False)
         for name in SIDE:
-            (self.source / name).write_text("{}" * 3000)
+            (self.given / name).parent.mkdir(exist_ok=True)
+            (self.given / name).write_text("{}" * 3000)
+        shutil.copytree(self.given, self.source)
+        self.more = []
         assert self.run() == 0, self.log.read_text()
+        self.more = ["--delete-source"] if emptying else []
         self.expected = contents(self.out)
-        assert {*self.expected} == {*tensors, *SIDE, INDEX, "config.json"}
-        for shard, values in tensors.items():
-            got = load_file(self.out / shard)
-            assert {*got} == {*values}
-            for name, tensor in got.items():
-                assert_same_bits(tensor, values[name])
+        configs = ["draft/config.json"] if emptying else []
+        assert {*self.expected} == {*self.tensors, *SIDE, INDEX, "config.json", *configs}
+        for shard, values in self.tensors.items():
+            assert_holds(self.out / shard, values)
         self.names = [*self.expected, *(f"{name}.tmp" for name in self.expected), "sub", "."]
-        self.names += [f"{name}.{metadata_of(self.out / name)[KEY]}.tmp" for name in tensors]
+        self.names += ["draft"] if emptying else []
+        self.names += [f"{name}.{metadata_of(self.out / name)[KEY]}.tmp" for name in self.tensors]
 
     def run(self, way: str | None = None, *options: str) -> int:
         """Convert, in one of the ways under strace with these options; return the exit status."""
         if way:
-            shutil.rmtree(self.out, ignore_errors=True)
+            for folder in (self.out, self.source):
+                shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(self.given, self.source)
         if way == "all":
             self.out.mkdir()
             (self.out / ONE).write_bytes(self.expected[ONE])
             [name] = (name for name in self.names if re.fullmatch(rf"{TWO}\..{{16}}\.tmp", name))
             (self.out / name).write_bytes(self.expected[TWO][:5000])
         layer = Attaching(way) if way else None
-        child = faults.run(self.source, self.out, self.log, layer, WAYS.get(way, 1))
+        child = faults.run(self.source, self.out, self.log, layer, WAYS.get(way, 1), *self.more)
         if way:
             paths = [folder / name for folder in (self.source, self.out) for name in self.names]
             paths.append(self.out / f"fp8_cast_bf16{child}.tmp")
@@ -150,9 +168,12 @@ class Lab:
             absent = sorted({*self.expected} - {*whole})
             assert not absent, f"{where}looks complete without {absent}"
         assert left == whole or status, f"{where}temporary files are left: {sorted(left)}"
+        assert_recoverable(self.source, [self.out], self.tensors, where)
         again = self.run()
         assert again == 0, f"{where}exit {again} of the next run: {self.log.read_text()}"
         assert contents(self.out) == self.expected, f"{where}the next run gives other bytes"
+        emptied = [*map(is_emptied, self.source.rglob("*.safetensors"))]
+        assert all(emptied) or not self.more, f"{where}the next run leaves input"
         return ("error" if status else "exit 0") if met else "none"
 
 
@@ -162,6 +183,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4, help="spoil every N-th call (default 4)")
     parser.add_argument("--on", action="store_true", help="spoil all calls from the N-th on")
     parser.add_argument("--keep-going", action="store_true", help="go on after what ends badly")
+    parser.add_argument("--delete-source", action="store_true", help="of runs that empty the input")
     for option, names in {"calls": CALLS, "faults": FAULTS, "ways": WAYS}.items():
         parser.add_argument(f"--{option}", default=",".join(names), help="default: %(default)s")
     options = parser.parse_args()
@@ -170,7 +192,8 @@ def main() -> None:
         sys.exit(77)
     torch.set_num_threads(1)  # A forked child would wait for OpenMP's threads, which it lacks.
     metadata.version = functools.cache(metadata.version)
-    lab, kinds, bad = Lab(options.folder.resolve()), options.faults.split(","), 0
+    lab, bad = Lab(options.folder.resolve(), options.delete_source), 0
+    kinds = options.faults.split(",")
     print("runs that met a fault: ended with an error/with exit 0/badly")
     print(f"{'':18}", *(f"{kind:>9}" for kind in kinds))
     for way in options.ways.split(","):
