@@ -106,6 +106,16 @@ def say(text: str, file=None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
+@contextmanager
+def naming(path: Path):
+    """Add the path to an OSError from read or write, which do not know it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def read_bytes(path: Path, start: int = 0, count: int = -1) -> bytes:
     """Return bytes of a file. Raises OSError if it has none yet, as some network file systems."""
     with naming(path), open(path, "rb") as file:
@@ -123,16 +133,6 @@ def sized(count: int) -> str:
 
 def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-@contextmanager
-def naming(path: Path):
-    """Add the path to an OSError from read or write, which do not know it."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
 
 
 if __name__ != "__main__":
@@ -285,29 +285,6 @@ def read_json(path: Path, root: Path) -> dict | None:
     return parse_json(path, read_bytes(path))
 
 
-def read_header(path: Path, source: bool = False) -> tuple[dict[str, str], list[Tensor]]:
-    """Return a shard's metadata and its tensors, by the rules of huggingface/safetensors,
-    safetensors/src/tensor.rs. The data is neither read nor mapped, and that of a source may be
-    gone: see --delete-source.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; the download is incomplete")
-    start, length = read_bytes(path, 0, 8), path.stat().st_size
-    size = int.from_bytes(start, "little")
-    if start == b"version ":
-        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
-    whole = len(start) == 8 and size <= min(length - 8, HEADER_LIMIT)
-    text = read_bytes(path, 8, size) if whole else b""
-    try:
-        if not text.startswith(b"{"):
-            raise ValueError("it has no header of its size")
-        header = parse_json(path, text)
-        return read_entries(path, header, 8 + size, length, source)
-    except (ValueError, TypeError, KeyError, AttributeError, CheckpointError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it "
-                              "again") from error
-
-
 def read_entries(path: Path, header: dict, begin: int, end: int,
                  source: bool) -> tuple[dict[str, str], list[Tensor]]:
     """Return what a header says. Raises an error where the data is not all of [begin, end)."""
@@ -332,6 +309,29 @@ def read_entries(path: Path, header: dict, begin: int, end: int,
     if begin != end:
         raise ValueError(f"it has {end} bytes, expected {begin}")
     return metadata, tensors
+
+
+def read_header(path: Path, source: bool = False) -> tuple[dict[str, str], list[Tensor]]:
+    """Return a shard's metadata and its tensors, by the rules of huggingface/safetensors,
+    safetensors/src/tensor.rs. The data is neither read nor mapped, and that of a source may be
+    gone: see --delete-source.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; the download is incomplete")
+    start, length = read_bytes(path, 0, 8), path.stat().st_size
+    size = int.from_bytes(start, "little")
+    if start == b"version ":
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
+    whole = len(start) == 8 and size <= min(length - 8, HEADER_LIMIT)
+    text = read_bytes(path, 8, size) if whole else b""
+    try:
+        if not text.startswith(b"{"):
+            raise ValueError("it has no header of its size")
+        header = parse_json(path, text)
+        return read_entries(path, header, 8 + size, length, source)
+    except (ValueError, TypeError, KeyError, AttributeError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it "
+                              "again") from error
 
 
 def find_index(root: Path) -> str:
@@ -703,34 +703,6 @@ class Evidence:
         return text + "".join(f", {SEMANTICS} {value}" for value in semantics)
 
 
-def read_evidence(checkpoint: Checkpoint) -> Evidence:
-    """Collect what configs and notes say. Raises CheckpointError for what nobody can undo."""
-    config = checkpoint.files.get(CONFIG_NAME, {})
-    sections = [value for key, value in walk(config) if key in QUANTIZATION_KEYS]
-    sections += [checkpoint.files.get(SIDECAR_NAME), *read_notes(checkpoint)]
-    params, nvidia = (checkpoint.files.get(name, {}).get("quantization")
-                      for name in (PARAMS_NAME, NVIDIA_CONFIG_NAME))
-    facts, numbers = {}, {}
-    for key, value in walk([*sections, params, nvidia]):
-        if isinstance(value, str):
-            facts.setdefault(key, set()).add(value)
-        if problem := contradiction(key, value):
-            raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: {problem}; {OTHER_TOOL}")
-    for key, value in walk(config):
-        if isinstance(value, int):
-            numbers.setdefault(key, set()).add(value)
-    methods = facts.get("quant_method", set()) | facts.get("comfy_format", set())
-    methods |= {"modelopt"} if any(key == "quant_algo" for key, _ in walk(nvidia)) else set()
-    methods |= {"mistral"} if any(key == "qformat_weight" for key, _ in walk(params)) else set()
-    plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-    methods |= {key for key, value in walk(plain) if key in UNKNOWN_METHODS and value}
-    heads, kv_heads, head_dims, widths = (numbers.get(key, set()) for key in (
-        "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"))
-    head_dims |= {width // count for width in widths for count in heads if count}
-    return Evidence(frozenset(methods or [""]), facts, read_block_sizes(sections),
-                    read_int4_groups(sections), frozenset((heads | kv_heads) - head_dims))
-
-
 def contradiction(key: str, value) -> str | None:
     """Return why weights mean something else than their names and dtypes say, from a config."""
     match key, value:
@@ -745,6 +717,14 @@ def contradiction(key: str, value) -> str | None:
         case _ if key in ROTATIONS and value:
             return f"{key} rotates weights or activations at run time"
     return None
+
+
+def read_small(tensor: Tensor) -> bytes:
+    if tensor.emptied:
+        raise tensor.error("has to be read to plan a conversion, and an emptied shard lacks it")
+    if tensor.size > SMALL_LIMIT:
+        raise tensor.error(f"has {tensor.size} bytes; expected at most {SMALL_LIMIT}")
+    return read_bytes(tensor.path, tensor.start, tensor.size)
 
 
 def read_notes(checkpoint: Checkpoint) -> Iterator:
@@ -803,12 +783,32 @@ def read_int4_groups(sections: list) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def read_small(tensor: Tensor) -> bytes:
-    if tensor.emptied:
-        raise tensor.error("has to be read to plan a conversion, and an emptied shard lacks it")
-    if tensor.size > SMALL_LIMIT:
-        raise tensor.error(f"has {tensor.size} bytes; expected at most {SMALL_LIMIT}")
-    return read_bytes(tensor.path, tensor.start, tensor.size)
+def read_evidence(checkpoint: Checkpoint) -> Evidence:
+    """Collect what configs and notes say. Raises CheckpointError for what nobody can undo."""
+    config = checkpoint.files.get(CONFIG_NAME, {})
+    sections = [value for key, value in walk(config) if key in QUANTIZATION_KEYS]
+    sections += [checkpoint.files.get(SIDECAR_NAME), *read_notes(checkpoint)]
+    params, nvidia = (checkpoint.files.get(name, {}).get("quantization")
+                      for name in (PARAMS_NAME, NVIDIA_CONFIG_NAME))
+    facts, numbers = {}, {}
+    for key, value in walk([*sections, params, nvidia]):
+        if isinstance(value, str):
+            facts.setdefault(key, set()).add(value)
+        if problem := contradiction(key, value):
+            raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: {problem}; {OTHER_TOOL}")
+    for key, value in walk(config):
+        if isinstance(value, int):
+            numbers.setdefault(key, set()).add(value)
+    methods = facts.get("quant_method", set()) | facts.get("comfy_format", set())
+    methods |= {"modelopt"} if any(key == "quant_algo" for key, _ in walk(nvidia)) else set()
+    methods |= {"mistral"} if any(key == "qformat_weight" for key, _ in walk(params)) else set()
+    plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    methods |= {key for key, value in walk(plain) if key in UNKNOWN_METHODS and value}
+    heads, kv_heads, head_dims, widths = (numbers.get(key, set()) for key in (
+        "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"))
+    head_dims |= {width // count for width in widths for count in heads if count}
+    return Evidence(frozenset(methods or [""]), facts, read_block_sizes(sections),
+                    read_int4_groups(sections), frozenset((heads | kv_heads) - head_dims))
 
 
 def read_integers(tensor: Tensor) -> list[int]:
@@ -989,33 +989,6 @@ def find_matches(weight: Tensor, checkpoint: Checkpoint, evidence: Evidence) -> 
     return meant + [match for match in found.values() if match is not meant[0]]
 
 
-def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
-             evidence: Evidence) -> Quantization:
-    """Decide shape and grid of a weight. Raises CheckpointError where none or two grids fit."""
-    row, head, stem, scale, global_scale = match
-    number_format = row.number_format or weight.dtype.removeprefix("F8_")
-    shape, packed_cols = shape_of(weight, match, number_format, checkpoint, evidence)
-    matrix, first_row = place_in_stack(weight, scale) if row.stacked else (shape, 0)
-    groups = evidence.int4_groups if number_format == "UINT4B8" else row.groups
-    grids = find_grids(matrix, scale.shape, evidence.block_sizes, groups, row.transposed,
-                       "qkv_proj" in weight.name)
-    if number_format == "INT8":  # Quark stores groups transposed, so that they span rows.
-        grids = [grid for grid in grids if grid.block_cols > 1 or grid.block_rows == 1]
-    fit = "the grid fits, but not the rest" if len(grids) == 1 else "two grids fit"
-    if not grids:
-        fit = "no block size fits" + explain_misfit(shape, scale.shape, evidence.block_sizes)
-    if len(grids) != 1 or packed_cols % 2 or not fits_stack(global_scale, row, grids[0], shape):
-        scales = [f"{tensor.name} {[*tensor.shape]}" for tensor in (scale, global_scale) if tensor]
-        raise weight.error(f"is {[*shape]} ({number_format}, {evidence}), scaled by "
-                           f"{' and '.join(scales)}: {fit}; expected one scale per tensor, expert, "
-                           "row, column or block")
-    output = head + stem if "{}" in row.weight else weight.name
-    if weight.leaf == "weight_packed" and re.search(r"experts\..*_weight\.\Z", head):
-        output = head[:-1]  # A parameter that was wrapped in a module of its name (Inkling).
-    return Quantization(row, number_format, output, shape, scale, grids[0], global_scale, first_row,
-                        packed_cols or grids[0].cols)
-
-
 def shape_of(weight: Tensor, match: Match, number_format: str, checkpoint: Checkpoint,
              evidence: Evidence) -> tuple[tuple[int, ...], int]:
     """Return the shape of a weight's values, and how many codes a row of a packed one has."""
@@ -1059,6 +1032,33 @@ def fits_stack(scale: Tensor | None, row: Format, grid: Grid, shape: tuple[int, 
     halves = row.global_scale == MODELOPT_GLOBAL and experts > 1 and shape[-2] % 2 == 0
     return scale is None or math.prod(scale.shape) in (1, experts) or (
         halves and scale.shape == (experts, 2))
+
+
+def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
+             evidence: Evidence) -> Quantization:
+    """Decide shape and grid of a weight. Raises CheckpointError where none or two grids fit."""
+    row, head, stem, scale, global_scale = match
+    number_format = row.number_format or weight.dtype.removeprefix("F8_")
+    shape, packed_cols = shape_of(weight, match, number_format, checkpoint, evidence)
+    matrix, first_row = place_in_stack(weight, scale) if row.stacked else (shape, 0)
+    groups = evidence.int4_groups if number_format == "UINT4B8" else row.groups
+    grids = find_grids(matrix, scale.shape, evidence.block_sizes, groups, row.transposed,
+                       "qkv_proj" in weight.name)
+    if number_format == "INT8":  # Quark stores groups transposed, so that they span rows.
+        grids = [grid for grid in grids if grid.block_cols > 1 or grid.block_rows == 1]
+    fit = "the grid fits, but not the rest" if len(grids) == 1 else "two grids fit"
+    if not grids:
+        fit = "no block size fits" + explain_misfit(shape, scale.shape, evidence.block_sizes)
+    if len(grids) != 1 or packed_cols % 2 or not fits_stack(global_scale, row, grids[0], shape):
+        scales = [f"{tensor.name} {[*tensor.shape]}" for tensor in (scale, global_scale) if tensor]
+        raise weight.error(f"is {[*shape]} ({number_format}, {evidence}), scaled by "
+                           f"{' and '.join(scales)}: {fit}; expected one scale per tensor, expert, "
+                           "row, column or block")
+    output = head + stem if "{}" in row.weight else weight.name
+    if weight.leaf == "weight_packed" and re.search(r"experts\..*_weight\.\Z", head):
+        output = head[:-1]  # A parameter that was wrapped in a module of its name (Inkling).
+    return Quantization(row, number_format, output, shape, scale, grids[0], global_scale, first_row,
+                        packed_cols or grids[0].cols)
 
 
 # account: every tensor that takes part in a quantization is known
@@ -1108,40 +1108,6 @@ class Reading:
     missing: list[Tensor]
 
 
-def read_formats(checkpoint: Checkpoint) -> Reading:
-    """Recognize every quantized weight. Raises CheckpointError where anything is not known.
-
-    Of the data nothing is read but zero points, orders of groups, shapes of INT4 weights and
-    ComfyUI's notes.
-    """
-    for name in checkpoint.shards:
-        if re.fullmatch(r"model(\d+-mp\d+|-rank-\d+-part-\d+)\.safetensors", name):
-            raise CheckpointError(f"{checkpoint.root / name}: one of the slices that "
-                                  "tensor-parallel ranks load; convert the checkpoint that they "
-                                  "were cut from")
-    tensors, evidence = checkpoint.tensors, read_evidence(checkpoint)
-    weights, dropped = match(checkpoint, evidence)
-    if weights or evidence.methods != {""} or any(t.dtype in F8 for t in tensors.values()):
-        dropped |= find_cache_scales(tensors, evidence)
-    beside, outputs, rest = {}, set(tensors), []
-    for name, quantization in weights.items():
-        if quantization.output != name and quantization.output in outputs:
-            raise tensors[name].error(f"becomes {quantization.output}, which exists too")
-        outputs.add(quantization.output)
-        for module in {tensors[name].module, name, quantization.output}:
-            beside.setdefault(module, []).append((tensors[name], quantization))
-    for name, tensor in tensors.items():
-        if name in weights or name in dropped:
-            continue
-        if sum(is_side(tensor, *weight) for weight in beside.get(tensor.module, ())):
-            dropped[name] = tensor
-        else:
-            rest.append(tensor)
-    missing, orphans = judge_rest(rest, evidence)
-    dropped |= {tensor.name: tensor for tensor in orphans}
-    return Reading(weights, dropped, orphans, missing)
-
-
 def match(checkpoint: Checkpoint,
           evidence: Evidence) -> tuple[dict[str, Quantization], dict[str, Tensor]]:
     """Return the weights that match a row, by name, and all their scales."""
@@ -1160,6 +1126,11 @@ def match(checkpoint: Checkpoint,
     return weights, scales
 
 
+def require_zero(tensor: Tensor, zero: bytes) -> None:
+    if read_small(tensor).strip(zero):
+        raise tensor.error("is not all zero; asymmetric formats are not supported")
+
+
 def find_cache_scales(tensors: dict[str, Tensor], evidence: Evidence) -> dict[str, Tensor]:
     """Return what serves a quantized key-value cache: one scale, or one for each head.
 
@@ -1175,27 +1146,6 @@ def find_cache_scales(tensors: dict[str, Tensor], evidence: Evidence) -> dict[st
         offset = name.removesuffix(tensor.leaf) + CACHE_OFFSETS.get(tensor.leaf, tensor.leaf)
         found |= {key: tensors[key] for key in (name, offset) if key in tensors}
     return found
-
-
-def is_side(tensor: Tensor, weight: Tensor, quantization: Quantization) -> bool:
-    """Return whether a tensor near a weight is dropped with it.
-
-    Raises CheckpointError for what would have to be applied. If the module is the weight's own,
-    every tensor in it must be known. If the weight is one of several parameters, only tensors
-    named like it plus words of quantization must be.
-    """
-    own = weight.leaf in ("weight", "weight_packed", "_weight_qdata") and weight.module
-    stem = quantization.output.removeprefix(weight.module).removeprefix(".")
-    stem = "weight" if own or weight.leaf == "weight" else stem
-    place = tensor.name.removeprefix(weight.name.removesuffix(weight.leaf))
-    if place in side_names(quantization.row, stem):
-        check_side(tensor, quantization)
-        return True
-    if tensor.leaf not in PARAMETERS and place != f"{stem}_bias" and (
-            own or not words_after(stem, place).isdisjoint(SCALE_WORDS | PART_WORDS)):
-        raise tensor.error(f"stands beside {weight.name} ({quantization.row.title}), and no known "
-                           f"format has it; it would have to be applied; {OTHER_TOOL}")
-    return False
 
 
 @functools.cache
@@ -1223,6 +1173,39 @@ def words_after(base: str, name: str) -> frozenset[str]:
     return frozenset(words_of(name[len(base) :]))
 
 
+def check_side(side: Tensor, quantization: Quantization) -> None:
+    """Raise CheckpointError for zero points that are not zero and groups that are not in order."""
+    if side.leaf.endswith(("zero_point", "_zp")):
+        packed = quantization.number_format == "UINT4B8" and side.dtype == "I32"
+        require_zero(side, b"\x88" if packed else b"\0")  # packed as the codes are: 8 is zero
+    elif side.leaf.endswith("g_idx"):
+        groups = read_integers(side)
+        in_order = [col // quantization.grid.block_cols for col in range(len(groups))]
+        if groups not in (in_order, [-1] * len(groups)):
+            raise side.error("reorders the groups of columns; that is not supported")
+
+
+def is_side(tensor: Tensor, weight: Tensor, quantization: Quantization) -> bool:
+    """Return whether a tensor near a weight is dropped with it.
+
+    Raises CheckpointError for what would have to be applied. If the module is the weight's own,
+    every tensor in it must be known. If the weight is one of several parameters, only tensors
+    named like it plus words of quantization must be.
+    """
+    own = weight.leaf in ("weight", "weight_packed", "_weight_qdata") and weight.module
+    stem = quantization.output.removeprefix(weight.module).removeprefix(".")
+    stem = "weight" if own or weight.leaf == "weight" else stem
+    place = tensor.name.removeprefix(weight.name.removesuffix(weight.leaf))
+    if place in side_names(quantization.row, stem):
+        check_side(tensor, quantization)
+        return True
+    if tensor.leaf not in PARAMETERS and place != f"{stem}_bias" and (
+            own or not words_after(stem, place).isdisjoint(SCALE_WORDS | PART_WORDS)):
+        raise tensor.error(f"stands beside {weight.name} ({quantization.row.title}), and no known "
+                           f"format has it; it would have to be applied; {OTHER_TOOL}")
+    return False
+
+
 def bases_of(name: str, known: frozenset[str], needed: frozenset[str]) -> Iterator[str]:
     """Yield what is left of a name without known words at its end, of which one is needed."""
     found = False
@@ -1237,21 +1220,15 @@ def bases_of(name: str, known: frozenset[str], needed: frozenset[str]) -> Iterat
             yield name
 
 
-def check_side(side: Tensor, quantization: Quantization) -> None:
-    """Raise CheckpointError for zero points that are not zero and groups that are not in order."""
-    if side.leaf.endswith(("zero_point", "_zp")):
-        packed = quantization.number_format == "UINT4B8" and side.dtype == "I32"
-        require_zero(side, b"\x88" if packed else b"\0")  # packed as the codes are: 8 is zero
-    elif side.leaf.endswith("g_idx"):
-        groups = read_integers(side)
-        in_order = [col // quantization.grid.block_cols for col in range(len(groups))]
-        if groups not in (in_order, [-1] * len(groups)):
-            raise side.error("reorders the groups of columns; that is not supported")
-
-
-def require_zero(tensor: Tensor, zero: bytes) -> None:
-    if read_small(tensor).strip(zero):
-        raise tensor.error("is not all zero; asymmetric formats are not supported")
+def like_codes(tensor: Tensor, evidence: Evidence) -> bool:
+    """Return whether a tensor can only be codes, by its dtype, or its name and the methods."""
+    if tensor.dtype not in INTEGERS or len(tensor.shape) < 2:
+        return tensor.dtype in STRANGE_DTYPES
+    if evidence.methods - KNOWN_METHODS and not TABLE_LEAF.fullmatch(tensor.leaf):
+        return True
+    weight = tensor.leaf == "weight" or tensor.leaf.endswith("_proj")
+    return "16" not in tensor.dtype and bool(
+        CODE_LEAF.fullmatch(tensor.leaf) or (weight and evidence.methods - {"fp8", ""}))
 
 
 def judge_rest(rest: list[Tensor], evidence: Evidence) -> tuple[list[Tensor], list[Tensor]]:
@@ -1290,15 +1267,38 @@ def judge_rest(rest: list[Tensor], evidence: Evidence) -> tuple[list[Tensor], li
     return missing, orphans
 
 
-def like_codes(tensor: Tensor, evidence: Evidence) -> bool:
-    """Return whether a tensor can only be codes, by its dtype, or its name and the methods."""
-    if tensor.dtype not in INTEGERS or len(tensor.shape) < 2:
-        return tensor.dtype in STRANGE_DTYPES
-    if evidence.methods - KNOWN_METHODS and not TABLE_LEAF.fullmatch(tensor.leaf):
-        return True
-    weight = tensor.leaf == "weight" or tensor.leaf.endswith("_proj")
-    return "16" not in tensor.dtype and bool(
-        CODE_LEAF.fullmatch(tensor.leaf) or (weight and evidence.methods - {"fp8", ""}))
+def read_formats(checkpoint: Checkpoint) -> Reading:
+    """Recognize every quantized weight. Raises CheckpointError where anything is not known.
+
+    Of the data nothing is read but zero points, orders of groups, shapes of INT4 weights and
+    ComfyUI's notes.
+    """
+    for name in checkpoint.shards:
+        if re.fullmatch(r"model(\d+-mp\d+|-rank-\d+-part-\d+)\.safetensors", name):
+            raise CheckpointError(f"{checkpoint.root / name}: one of the slices that "
+                                  "tensor-parallel ranks load; convert the checkpoint that they "
+                                  "were cut from")
+    tensors, evidence = checkpoint.tensors, read_evidence(checkpoint)
+    weights, dropped = match(checkpoint, evidence)
+    if weights or evidence.methods != {""} or any(t.dtype in F8 for t in tensors.values()):
+        dropped |= find_cache_scales(tensors, evidence)
+    beside, outputs, rest = {}, set(tensors), []
+    for name, quantization in weights.items():
+        if quantization.output != name and quantization.output in outputs:
+            raise tensors[name].error(f"becomes {quantization.output}, which exists too")
+        outputs.add(quantization.output)
+        for module in {tensors[name].module, name, quantization.output}:
+            beside.setdefault(module, []).append((tensors[name], quantization))
+    for name, tensor in tensors.items():
+        if name in weights or name in dropped:
+            continue
+        if sum(is_side(tensor, *weight) for weight in beside.get(tensor.module, ())):
+            dropped[name] = tensor
+        else:
+            rest.append(tensor)
+    missing, orphans = judge_rest(rest, evidence)
+    dropped |= {tensor.name: tensor for tensor in orphans}
+    return Reading(weights, dropped, orphans, missing)
 
 
 # --- plan: what every byte of the output will be ---
@@ -1382,6 +1382,41 @@ class Plan:
                 for part in self.parts for tensor in part.reading.missing]
 
 
+def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
+               weights: dict[str, Quantization]) -> Shard:
+    """Lay out an output shard in the order in which safetensors.torch.save_file would."""
+    steps, path = [], Path(name)
+    for tensor in tensors:
+        quantization, output = weights.get(tensor.name), tensor._replace(path=path)
+        if quantization:
+            output = Tensor(quantization.output, "BF16", quantization.shape, path, 0,
+                            2 * math.prod(quantization.shape))
+        steps.append(Step(output, tensor, quantization))
+    steps.sort(key=lambda step: (DTYPE_ORDER.index(step.output.dtype), step.output.name))
+    # Without what only a reader of quantized tensors needs: pytorch/ao prototype/safetensors
+    # describes each tensor by JSON with a _type.
+    kept = {key: text for key, text in metadata.items()
+            if key not in [*QUANTIZATION_KEYS, "tensor_names"] and '"_type"' not in text}
+    kept |= {"format": "pt", FINGERPRINT_KEY: NO_FINGERPRINT}
+    header, end = {"__metadata__": dict(sorted(kept.items()))}, 0
+    for step in steps:
+        start, end = end, end + step.output.size
+        header[step.output.name] = {"dtype": step.output.dtype, "shape": step.output.shape,
+                                    "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    longest = max((size for step in steps for size in step.output.shape), default=0)
+    if len(text) > HEADER_LIMIT or longest >= 1 << 63:
+        raise CheckpointError(f"{tensors[0].path}: its header or a tensor would be longer in BF16 "
+                              "than safetensors allows")
+    text = len(text).to_bytes(8, "little") + text
+    placed = []
+    for step in steps:
+        start, stop = (len(text) + offset for offset in header[step.output.name]["data_offsets"])
+        placed.append(step._replace(output=step.output._replace(start=start, stop=stop)))
+    return Shard(name, text, placed)
+
+
 def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
     """Decide what becomes of every tensor in a folder and below.
 
@@ -1419,41 +1454,6 @@ def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
     return Plan(root, parts, others)
 
 
-def plan_shard(name: str, metadata: dict[str, str], tensors: list[Tensor],
-               weights: dict[str, Quantization]) -> Shard:
-    """Lay out an output shard in the order in which safetensors.torch.save_file would."""
-    steps, path = [], Path(name)
-    for tensor in tensors:
-        quantization, output = weights.get(tensor.name), tensor._replace(path=path)
-        if quantization:
-            output = Tensor(quantization.output, "BF16", quantization.shape, path, 0,
-                            2 * math.prod(quantization.shape))
-        steps.append(Step(output, tensor, quantization))
-    steps.sort(key=lambda step: (DTYPE_ORDER.index(step.output.dtype), step.output.name))
-    # Without what only a reader of quantized tensors needs: pytorch/ao prototype/safetensors
-    # describes each tensor by JSON with a _type.
-    kept = {key: text for key, text in metadata.items()
-            if key not in [*QUANTIZATION_KEYS, "tensor_names"] and '"_type"' not in text}
-    kept |= {"format": "pt", FINGERPRINT_KEY: NO_FINGERPRINT}
-    header, end = {"__metadata__": dict(sorted(kept.items()))}, 0
-    for step in steps:
-        start, end = end, end + step.output.size
-        header[step.output.name] = {"dtype": step.output.dtype, "shape": step.output.shape,
-                                    "data_offsets": (start, end)}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-    longest = max((size for step in steps for size in step.output.shape), default=0)
-    if len(text) > HEADER_LIMIT or longest >= 1 << 63:
-        raise CheckpointError(f"{tensors[0].path}: its header or a tensor would be longer in BF16 "
-                              "than safetensors allows")
-    text = len(text).to_bytes(8, "little") + text
-    placed = []
-    for step in steps:
-        start, stop = (len(text) + offset for offset in header[step.output.name]["data_offsets"])
-        placed.append(step._replace(output=step.output._replace(start=start, stop=stop)))
-    return Shard(name, text, placed)
-
-
 class Ranks(NamedTuple):
     """Which of several processes this is, in all and on this machine."""
 
@@ -1483,6 +1483,7 @@ def shards_of_rank(shards: list[Shard], rank: int, ranks: int) -> list[Shard]:
 
 # --- render: the bytes [start, stop) of one planned shard ---
 
+WINDOW = 16 << 20  # Bytes.
 PAGE = 4096  # The alignment that direct I/O asks of offsets, lengths and memory.
 OPEN_FILES = 8  # A worker holds at most so many files open: its shard and those of scales.
 NONFINITE = ["NaN", "infinite"]
@@ -1657,6 +1658,63 @@ def run_workers(doing: str, pool: list[Worker], tasks: Iterable[tuple], work: Ca
             worker.close()
 
 
+def read_codes(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
+    """Return the codes of a piece as kernel.dequantize takes them: (M, bytes) uint8."""
+    per_byte = kernel.FORMATS[step.quantization.number_format].codes_per_byte
+    row_bytes = step.quantization.packed_cols // per_byte
+    first, last = col // per_byte, ceil_div(col + N, per_byte)
+    width = last - first if M == 1 else row_bytes
+    start = step.source.start + row * row_bytes + first
+    return worker.read(step.source.path, start, worker.scratch("codes", M * width)).view(M, width)
+
+
+def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
+                worker: Worker) -> torch.Tensor:
+    """Return a region of a weight's scales (Grid.scale_region), a float32 matrix on the CPU.
+
+    Global scales are applied here, in float32, before the codes meet either: the order in which
+    ModelOpt and compressed-tensors dequantize. Raises CheckpointError for negative scales of NVFP4.
+    """
+    scale, global_scale = quantization.scale, quantization.global_scale
+    if scale is None:
+        return torch.ones(1, 1, dtype=torch.float32)
+    top, bottom, left, right = region
+    rows, cols = quantization.grid.scale_shape
+    raw = worker.elements("scales", scale, top * cols + left, (bottom - top) * (right - left))
+    scales = kernel.widen_scales(raw, scale.dtype)
+    if scale.dtype == "F8_E4M3" and (scales < 0).any():
+        raise scale.error("holds negative scales of groups; a format that keeps something else in "
+                          "their sign is not known here")
+    scales = scales.view(bottom - top, right - left)
+    if global_scale is None:
+        return scales
+    count = math.prod(global_scale.shape)  # each for as many rows: all, an expert's, or half
+    which = torch.arange(top, bottom) // (rows // count)
+    raw = worker.elements("factors", global_scale, 0, count)
+    factors = kernel.widen_scales(raw, global_scale.dtype)
+    factors = factors[which].view(-1, 1)
+    return scales / factors if quantization.row.divides else scales * factors
+
+
+def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
+    """Fill `out`, bfloat16, with the elements [start, stop) of a weight."""
+    quantization = step.quantization
+    grid, at = quantization.grid, 0
+    limit = kernel.MAX_PIECE if worker.stream is None else len(worker.out) // 2
+    for row, col, M, N in pieces(start, stop, grid.cols, limit):
+        codes = read_codes(step, row, col, M, N, worker)
+        row += quantization.first_row
+        scales = read_scales(quantization, grid.scale_region(row, col, M, N), worker)
+        values = out[at : at + M * N].view(M, N)
+        with worker.timed("decoding"):
+            found = kernel.dequantize(codes, scales, values, quantization.number_format, grid, row,
+                                      col, quantization.row.inverse, worker.stream)
+        for kind, count in zip(NONFINITE, found.tolist(), strict=True):
+            if count:
+                worker.nonfinite[kind, step.output.name] += count
+        at += M * N
+
+
 def render(shard: Shard, header: bytes, start: int, stop: int, worker: Worker) -> torch.Tensor:
     """Return the bytes [start, stop) of a shard, uint8, in the worker's buffer."""
     out, head = worker.out[: stop - start], header[start:stop]
@@ -1726,66 +1784,8 @@ def read_ahead(chosen: list[tuple[Shard, Step]], pool: list[Worker],
             worker.close()
 
 
-def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
-    """Fill `out`, bfloat16, with the elements [start, stop) of a weight."""
-    quantization = step.quantization
-    grid, at = quantization.grid, 0
-    limit = kernel.MAX_PIECE if worker.stream is None else len(worker.out) // 2
-    for row, col, M, N in pieces(start, stop, grid.cols, limit):
-        codes = read_codes(step, row, col, M, N, worker)
-        row += quantization.first_row
-        scales = read_scales(quantization, grid.scale_region(row, col, M, N), worker)
-        values = out[at : at + M * N].view(M, N)
-        with worker.timed("decoding"):
-            found = kernel.dequantize(codes, scales, values, quantization.number_format, grid, row,
-                                      col, quantization.row.inverse, worker.stream)
-        for kind, count in zip(NONFINITE, found.tolist(), strict=True):
-            if count:
-                worker.nonfinite[kind, step.output.name] += count
-        at += M * N
-
-
-def read_codes(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
-    """Return the codes of a piece as kernel.dequantize takes them: (M, bytes) uint8."""
-    per_byte = kernel.FORMATS[step.quantization.number_format].codes_per_byte
-    row_bytes = step.quantization.packed_cols // per_byte
-    first, last = col // per_byte, ceil_div(col + N, per_byte)
-    width = last - first if M == 1 else row_bytes
-    start = step.source.start + row * row_bytes + first
-    return worker.read(step.source.path, start, worker.scratch("codes", M * width)).view(M, width)
-
-
-def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
-                worker: Worker) -> torch.Tensor:
-    """Return a region of a weight's scales (Grid.scale_region), a float32 matrix on the CPU.
-
-    Global scales are applied here, in float32, before the codes meet either: the order in which
-    ModelOpt and compressed-tensors dequantize. Raises CheckpointError for negative scales of NVFP4.
-    """
-    scale, global_scale = quantization.scale, quantization.global_scale
-    if scale is None:
-        return torch.ones(1, 1, dtype=torch.float32)
-    top, bottom, left, right = region
-    rows, cols = quantization.grid.scale_shape
-    raw = worker.elements("scales", scale, top * cols + left, (bottom - top) * (right - left))
-    scales = kernel.widen_scales(raw, scale.dtype)
-    if scale.dtype == "F8_E4M3" and (scales < 0).any():
-        raise scale.error("holds negative scales of groups; a format that keeps something else in "
-                          "their sign is not known here")
-    scales = scales.view(bottom - top, right - left)
-    if global_scale is None:
-        return scales
-    count = math.prod(global_scale.shape)  # each for as many rows: all, an expert's, or half
-    which = torch.arange(top, bottom) // (rows // count)
-    raw = worker.elements("factors", global_scale, 0, count)
-    factors = kernel.widen_scales(raw, global_scale.dtype)
-    factors = factors[which].view(-1, 1)
-    return scales / factors if quantization.row.divides else scales * factors
-
-
 # --- write: windows under a temporary name, then the final one ---
 
-WINDOW = 16 << 20
 TEMPORARY_SUFFIX = ".tmp"
 OWN_TEMPORARY = re.compile(r"(.*\.)?([0-9a-f]{16}|fp8_cast_bf16|[0-9a-f]{64})\.tmp", re.DOTALL)
 NAME_LIMIT = 255  # Bytes, on most file systems.
@@ -1876,6 +1876,14 @@ def fingerprint_of(shard: Shard, worker: Worker) -> str:
     return digest.hexdigest()[:16]
 
 
+def holds(shard: Shard, path: Path) -> bool:
+    """Return whether a file is whole and has a shard's tensors, by names, dtypes and shapes."""
+    with suppress(CheckpointError):
+        _, tensors = read_header(path)
+        return {tensor[:3] for tensor in tensors} == {step.output[:3] for step in shard.steps}
+    return False
+
+
 def is_done(shard: Shard, root: Path, worker: Worker) -> bool:
     """Return whether a file of this name, size and header, fingerprint included, is in a folder.
 
@@ -1888,14 +1896,6 @@ def is_done(shard: Shard, root: Path, worker: Worker) -> bool:
         return False
     header = shard.sealed(fingerprint_of(shard, worker))
     return read_bytes(path, 0, len(header)) == header
-
-
-def holds(shard: Shard, path: Path) -> bool:
-    """Return whether a file is whole and has a shard's tensors, by names, dtypes and shapes."""
-    with suppress(CheckpointError):
-        _, tensors = read_header(path)
-        return {tensor[:3] for tensor in tensors} == {step.output[:3] for step in shard.steps}
-    return False
 
 
 class Output:
@@ -1999,6 +1999,25 @@ def kind_of(step: Step) -> str:
     return f"{reading.number_format}, {reading.scale.dtype} scale per {block}{second}"
 
 
+def sample(step: Step, worker: Worker) -> tuple[float, bool]:
+    """Return the root mean square of values from the middle of a weight, and whether all their
+    scales are 1.
+    """
+    reading = step.quantization
+    total, cols = math.prod(reading.shape), reading.grid.cols
+    if not total:
+        return 0.0, False
+    count = min(total, SAMPLED_BYTES * kernel.FORMATS[reading.number_format].codes_per_byte)
+    start = (total - count) // 2
+    start -= start % cols if cols <= count else 0  # so that the piece is of whole rows
+    row, col, M, N = next(pieces(start, start + count, cols, count))
+    region = reading.grid.scale_region(reading.first_row + row, col, M, N)
+    out = torch.empty(M * N, dtype=torch.bfloat16)
+    render_weight(step, row * cols + col, row * cols + col + M * N, out, worker)
+    ones = bool((read_scales(reading, region, worker) == 1).all())
+    return out.double().square().mean().sqrt().item(), ones
+
+
 def find_implausible(planned: Iterable[Step]) -> list[str]:
     """Return a line for each kind of weight whose sampled values are not those of a weight.
 
@@ -2034,23 +2053,200 @@ def find_implausible(planned: Iterable[Step]) -> list[str]:
     return found
 
 
-def sample(step: Step, worker: Worker) -> tuple[float, bool]:
-    """Return the root mean square of values from the middle of a weight, and whether all their
-    scales are 1.
+def differences(got: dict[str, str], expected: dict[str, str], where: str = "") -> Iterator[str]:
+    """Yield a line for each key of which two mappings hold something else."""
+    for key in dict.fromkeys([*expected, *got]):
+        if got.get(key) != expected.get(key):
+            yield (f"{where}{key} is {got.get(key, 'missing')[:200]}, expected "
+                   f"{expected.get(key, 'none')[:200]}")
+
+
+def complete_index(index: dict, tensors: Iterable[Tensor], folder: Path) -> dict:
+    """Return an index with the paths of these tensors from a folder, and their size."""
+    meta, tensors = index.get("metadata"), sorted(tensors, key=lambda tensor: tensor.name)
+    return index | {
+        "metadata": {**(meta if isinstance(meta, dict) else {}),
+                     "total_size": sum(tensor.size for tensor in tensors)},
+        "weight_map": {tensor.name: tensor.path.relative_to(folder).as_posix()
+                       for tensor in tensors}}
+
+
+def flattened(value, place: str = "") -> dict[str, str]:
+    """Return what stands in a config, as JSON by its path.
+
+    The dtype may go by either name, and which transformers wrote the config does not matter.
     """
-    reading = step.quantization
-    total, cols = math.prod(reading.shape), reading.grid.cols
-    if not total:
-        return 0.0, False
-    count = min(total, SAMPLED_BYTES * kernel.FORMATS[reading.number_format].codes_per_byte)
-    start = (total - count) // 2
-    start -= start % cols if cols <= count else 0  # so that the piece is of whole rows
-    row, col, M, N = next(pieces(start, start + count, cols, count))
-    region = reading.grid.scale_region(reading.first_row + row, col, M, N)
-    out = torch.empty(M * N, dtype=torch.bfloat16)
-    render_weight(step, row * cols + col, row * cols + col + M * N, out, worker)
-    ones = bool((read_scales(reading, region, worker) == 1).all())
-    return out.double().square().mean().sqrt().item(), ones
+    if not isinstance(value, dict):
+        return {place: json.dumps(value, sort_keys=True)}
+    found = {}
+    for key, item in value.items():
+        if key != "transformers_version":
+            key = DTYPE_KEYS[-1] if key in DTYPE_KEYS else key
+            found |= flattened(item, f"{place}.{key}" if place else key)
+    return found
+
+
+def differing_texts(result: Checkpoint, part: Part, side: SideFiles) -> Iterator[str]:
+    """Yield what is wrong with the index and the configs of a folder of the output."""
+    planned = {Path(path).name: text for path, text in side.texts.items()
+               if Path(path).parent == part.folder}
+    index_name = result.index_name
+    others = [name for name in result.files if not fnmatch.fnmatchcase(name, CONFIG_PATTERN)
+              or name == CONFIG_NAME]
+    for name in dict.fromkeys([*planned, *others]):
+        if name not in result.files:
+            yield f"{name} is missing"
+        elif name != index_name:
+            expected = json.loads(planned.get(name, "{}"))
+            yield from differences(flattened(result.files[name]), flattened(expected), f"{name}: ")
+    if index := result.files.get(index_name):
+        expected = complete_index(index, result.tensors.values(), result.root)
+        yield from differences(flattened(index), flattened(expected), f"{index_name}: ")
+
+
+def compare_headers(part: Part, out: Path,
+                    side: SideFiles) -> tuple[list[str], list[tuple[Shard, Step, Tensor]]]:
+    """Return what differs in names, dtypes, shapes and texts of a folder, and the planned tensors
+    that do not, each with its shard and what is there.
+    """
+    names = [Path(shard.name).relative_to(part.folder).as_posix() for shard in part.shards]
+    folder, broken, lines = out / part.folder, [], []
+    others = [name for name in side.copied if Path(name).parent == part.folder]
+    for name in [name for name in names if os.path.lexists(folder / name)]:
+        try:
+            read_header(folder / name)
+        except CheckpointError as error:
+            broken.append(name)
+            lines.append(str(error).replace(f"{folder}/", "").replace("; download it again", ""))
+    try:
+        result = load_checkpoint(folder, [name for name in names if name not in broken],
+                                 [*others, *broken])
+    except CheckpointError as error:
+        remedy = "delete it and run the same command without --verify"
+        raise CheckpointError(str(error).replace("download it again", remedy)) from error
+    got = {name: f"{tensor.dtype} {[*tensor.shape]}" for name, tensor in result.tensors.items()}
+    steps = [(shard, step) for shard in part.shards for step in shard.steps]
+    expected = {step.output.name: f"{step.output.dtype} {[*step.output.shape]}"
+                for _, step in steps}
+    where = "" if part.folder == Path() else f"{part.folder.as_posix()}/"
+    lines += [*differences(got, expected), *differing_texts(result, part, side)]
+    same = [(shard, step, result.tensors[name]) for shard, step in steps
+            if got.get(name := step.output.name) == expected[name]]
+    return [where + line for line in lines], same
+
+
+def cols_of(step: Step) -> int:
+    return step.quantization.grid.cols if step.quantization else math.prod(step.output.shape)
+
+
+@functools.cache
+def meaning(number_format: str) -> torch.Tensor:
+    """Return what each of 256 codes means, by torch's own cast, or each of 16; float32."""
+    if number_format in NIBBLES:
+        return torch.tensor([*NIBBLES[number_format]]).float()
+    return torch.arange(256, dtype=torch.uint8).view(getattr(torch, CASTS[number_format])).float()
+
+
+def reference_scales(reading: Quantization, top: int, bottom: int, worker: Worker) -> torch.Tensor:
+    """Return whole rows [top, bottom) of a weight's scales, float32."""
+    scale, second = reading.scale, reading.global_scale
+    width = ceil_div(reading.grid.cols, reading.grid.block_cols)
+    raw = worker.elements("scales", scale, top * width, (bottom - top) * width)
+    scales = raw.view(getattr(torch, CASTS[scale.dtype])).float().view(-1, width)
+    if second is None:
+        return scales
+    raw = worker.elements("factors", second, 0, math.prod(second.shape))
+    factors = raw.view(getattr(torch, CASTS[second.dtype])).float()
+    each = math.prod(scale.shape) // width // len(factors)
+    factors = factors[torch.arange(top, bottom) // each][:, None]
+    return scales / factors if reading.row.divides else scales * factors
+
+
+def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
+    """Return a piece of a weight by the definition of its format, (M, N) bfloat16.
+
+    It is what each code means, times the scale of each element, rounded to BF16. Nothing of
+    kernel.py is used but the numbers of the grid.
+    """
+    reading, grid = step.quantization, step.quantization.grid
+    table = meaning(reading.number_format)
+    begin, per_byte = row * reading.packed_cols + col, 1 if len(table) == 256 else 2
+    end = begin + (M - 1) * reading.packed_cols + N
+    raw = worker.read(step.source.path, step.source.start + begin // per_byte,
+                      worker.scratch("codes", ceil_div(end, per_byte) - begin // per_byte))
+    codes = raw if per_byte == 1 else torch.stack([raw & 15, raw >> 4], 1).flatten()
+    index = worker.scratch("index", 4 * len(codes)).view(torch.int32).copy_(codes)
+    values = worker.scratch("values", 4 * len(codes)).view(torch.float32)
+    torch.index_select(table, 0, index, out=values)
+    values = values[begin % per_byte :].as_strided((M, N), (reading.packed_cols, 1))
+    if reading.scale is None:
+        return values.bfloat16()
+    rows, cols = torch.arange(row, row + M) + reading.first_row, torch.arange(col, col + N)
+    slabs, rows = rows // grid.slab_rows, rows % grid.slab_rows
+    rows = slabs * ceil_div(grid.slab_rows, grid.block_rows) + rows // grid.block_rows
+    top, bottom = rows[0].item(), rows[-1].item() + 1
+    scales = reference_scales(reading, top, bottom, worker)
+    scales = scales.index_select(1, cols // grid.block_cols).index_select(0, rows - top)
+    return (values.div_(scales) if reading.row.inverse else values.mul_(scales)).bfloat16()
+
+
+def compare_piece(step: Step, tensor: Tensor, row: int, col: int, M: int, N: int,
+                  worker: Worker) -> tuple[int, str, str] | None:
+    """Return the first element that differs in a piece of a tensor, and how both read, or None."""
+    start, size = row * cols_of(step) + col, tensor.element_size
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    got = worker.elements("got", tensor, start, M * N).view(bits)
+    if step.quantization:
+        expected = reference(step, row, col, M, N, worker).view(bits).flatten()
+    else:
+        expected = worker.elements("expected", step.source, start, M * N).view(bits)
+    if step.quantization and ((got & 0x7F80) == 0x7F80).any():
+        values = got.view(torch.bfloat16)
+        for kind, found in zip(NONFINITE, (values.isnan(), values.isinf()), strict=True):
+            worker.nonfinite[kind, step.output.name] += found.sum().item()
+    if torch.equal(got, expected):
+        return None
+    differs = got != expected
+    if step.quantization:
+        got, expected = got.view(torch.bfloat16), expected.view(torch.bfloat16)
+        differs &= ~(got.isnan() & expected.isnan())
+    if not differs.any():
+        return None
+    at = differs.nonzero()[0].item()
+    shown = [data[at].item() for data in (got, expected)]
+    if not step.quantization:
+        shown = [f"0x{value % (1 << 8 * size):0{2 * size}x}" for value in shown]
+    return start + at, *map(str, shown)
+
+
+def compare_values(steps: list[tuple[Shard, Step, Tensor]], out: Path, pool: list[Worker],
+                   quiet: bool) -> dict[tuple[str, Tensor], tuple[int, str, str]]:
+    """Return the first difference in each tensor of an output that has any, by its shard and it."""
+    first, lock = {}, threading.Lock()
+
+    def compare(worker: Worker, shard: Shard, step: Step, tensor: Tensor, *piece: int) -> int:
+        if difference := compare_piece(step, tensor, *piece, worker):
+            with lock:
+                place = tensor.path.relative_to(out).as_posix(), tensor
+                first[place] = min(first.get(place, difference), difference)
+        return piece[2] * piece[3] * step.output.element_size
+
+    tasks = ((*task, *piece) for task in steps for piece in pieces(
+        0, math.prod(task[1].output.shape), cols_of(task[1]), REFERENCE_PIECE))
+    size = sum(step.output.size for _, step, _ in steps)
+    run_workers("verifying", pool, tasks, compare, size, quiet)
+    return first
+
+
+def check_loadable(path: Path) -> None:
+    """Open a shard as loaders do. Raises CheckpointError if safetensors refuses it."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: safetensors cannot load it ({error})") from error
+    except (OSError, RuntimeError):  # It is missing, or the system does not let it be mapped.
+        pass
 
 
 def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
@@ -2088,202 +2284,6 @@ def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
     return lines, [*damaged]
 
 
-def compare_headers(part: Part, out: Path,
-                    side: SideFiles) -> tuple[list[str], list[tuple[Shard, Step, Tensor]]]:
-    """Return what differs in names, dtypes, shapes and texts of a folder, and the planned tensors
-    that do not, each with its shard and what is there.
-    """
-    names = [Path(shard.name).relative_to(part.folder).as_posix() for shard in part.shards]
-    folder, broken, lines = out / part.folder, [], []
-    others = [name for name in side.copied if Path(name).parent == part.folder]
-    for name in [name for name in names if os.path.lexists(folder / name)]:
-        try:
-            read_header(folder / name)
-        except CheckpointError as error:
-            broken.append(name)
-            lines.append(str(error).replace(f"{folder}/", "").replace("; download it again", ""))
-    try:
-        result = load_checkpoint(folder, [name for name in names if name not in broken],
-                                 [*others, *broken])
-    except CheckpointError as error:
-        remedy = "delete it and run the same command without --verify"
-        raise CheckpointError(str(error).replace("download it again", remedy)) from error
-    got = {name: f"{tensor.dtype} {[*tensor.shape]}" for name, tensor in result.tensors.items()}
-    steps = [(shard, step) for shard in part.shards for step in shard.steps]
-    expected = {step.output.name: f"{step.output.dtype} {[*step.output.shape]}"
-                for _, step in steps}
-    where = "" if part.folder == Path() else f"{part.folder.as_posix()}/"
-    lines += [*differences(got, expected), *differing_texts(result, part, side)]
-    same = [(shard, step, result.tensors[name]) for shard, step in steps
-            if got.get(name := step.output.name) == expected[name]]
-    return [where + line for line in lines], same
-
-
-def compare_values(steps: list[tuple[Shard, Step, Tensor]], out: Path, pool: list[Worker],
-                   quiet: bool) -> dict[tuple[str, Tensor], tuple[int, str, str]]:
-    """Return the first difference in each tensor of an output that has any, by its shard and it."""
-    first, lock = {}, threading.Lock()
-
-    def compare(worker: Worker, shard: Shard, step: Step, tensor: Tensor, *piece: int) -> int:
-        if difference := compare_piece(step, tensor, *piece, worker):
-            with lock:
-                place = tensor.path.relative_to(out).as_posix(), tensor
-                first[place] = min(first.get(place, difference), difference)
-        return piece[2] * piece[3] * step.output.element_size
-
-    tasks = ((*task, *piece) for task in steps for piece in pieces(
-        0, math.prod(task[1].output.shape), cols_of(task[1]), REFERENCE_PIECE))
-    size = sum(step.output.size for _, step, _ in steps)
-    run_workers("verifying", pool, tasks, compare, size, quiet)
-    return first
-
-
-def check_loadable(path: Path) -> None:
-    """Open a shard as loaders do. Raises CheckpointError if safetensors refuses it."""
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: safetensors cannot load it ({error})") from error
-    except (OSError, RuntimeError):  # It is missing, or the system does not let it be mapped.
-        pass
-
-
-def cols_of(step: Step) -> int:
-    return step.quantization.grid.cols if step.quantization else math.prod(step.output.shape)
-
-
-def compare_piece(step: Step, tensor: Tensor, row: int, col: int, M: int, N: int,
-                  worker: Worker) -> tuple[int, str, str] | None:
-    """Return the first element that differs in a piece of a tensor, and how both read, or None."""
-    start, size = row * cols_of(step) + col, tensor.element_size
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    got = worker.elements("got", tensor, start, M * N).view(bits)
-    if step.quantization:
-        expected = reference(step, row, col, M, N, worker).view(bits).flatten()
-    else:
-        expected = worker.elements("expected", step.source, start, M * N).view(bits)
-    if step.quantization and ((got & 0x7F80) == 0x7F80).any():
-        values = got.view(torch.bfloat16)
-        for kind, found in zip(NONFINITE, (values.isnan(), values.isinf()), strict=True):
-            worker.nonfinite[kind, step.output.name] += found.sum().item()
-    if torch.equal(got, expected):
-        return None
-    differs = got != expected
-    if step.quantization:
-        got, expected = got.view(torch.bfloat16), expected.view(torch.bfloat16)
-        differs &= ~(got.isnan() & expected.isnan())
-    if not differs.any():
-        return None
-    at = differs.nonzero()[0].item()
-    shown = [data[at].item() for data in (got, expected)]
-    if not step.quantization:
-        shown = [f"0x{value % (1 << 8 * size):0{2 * size}x}" for value in shown]
-    return start + at, *map(str, shown)
-
-
-@functools.cache
-def meaning(number_format: str) -> torch.Tensor:
-    """Return what each of 256 codes means, by torch's own cast, or each of 16; float32."""
-    if number_format in NIBBLES:
-        return torch.tensor([*NIBBLES[number_format]]).float()
-    return torch.arange(256, dtype=torch.uint8).view(getattr(torch, CASTS[number_format])).float()
-
-
-def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
-    """Return a piece of a weight by the definition of its format, (M, N) bfloat16.
-
-    It is what each code means, times the scale of each element, rounded to BF16. Nothing of
-    kernel.py is used but the numbers of the grid.
-    """
-    reading, grid = step.quantization, step.quantization.grid
-    table = meaning(reading.number_format)
-    begin, per_byte = row * reading.packed_cols + col, 1 if len(table) == 256 else 2
-    end = begin + (M - 1) * reading.packed_cols + N
-    raw = worker.read(step.source.path, step.source.start + begin // per_byte,
-                      worker.scratch("codes", ceil_div(end, per_byte) - begin // per_byte))
-    codes = raw if per_byte == 1 else torch.stack([raw & 15, raw >> 4], 1).flatten()
-    index = worker.scratch("index", 4 * len(codes)).view(torch.int32).copy_(codes)
-    values = worker.scratch("values", 4 * len(codes)).view(torch.float32)
-    torch.index_select(table, 0, index, out=values)
-    values = values[begin % per_byte :].as_strided((M, N), (reading.packed_cols, 1))
-    if reading.scale is None:
-        return values.bfloat16()
-    rows, cols = torch.arange(row, row + M) + reading.first_row, torch.arange(col, col + N)
-    slabs, rows = rows // grid.slab_rows, rows % grid.slab_rows
-    rows = slabs * ceil_div(grid.slab_rows, grid.block_rows) + rows // grid.block_rows
-    top, bottom = rows[0].item(), rows[-1].item() + 1
-    scales = reference_scales(reading, top, bottom, worker)
-    scales = scales.index_select(1, cols // grid.block_cols).index_select(0, rows - top)
-    return (values.div_(scales) if reading.row.inverse else values.mul_(scales)).bfloat16()
-
-
-def reference_scales(reading: Quantization, top: int, bottom: int, worker: Worker) -> torch.Tensor:
-    """Return whole rows [top, bottom) of a weight's scales, float32."""
-    scale, second = reading.scale, reading.global_scale
-    width = ceil_div(reading.grid.cols, reading.grid.block_cols)
-    raw = worker.elements("scales", scale, top * width, (bottom - top) * width)
-    scales = raw.view(getattr(torch, CASTS[scale.dtype])).float().view(-1, width)
-    if second is None:
-        return scales
-    raw = worker.elements("factors", second, 0, math.prod(second.shape))
-    factors = raw.view(getattr(torch, CASTS[second.dtype])).float()
-    each = math.prod(scale.shape) // width // len(factors)
-    factors = factors[torch.arange(top, bottom) // each][:, None]
-    return scales / factors if reading.row.divides else scales * factors
-
-
-def differences(got: dict[str, str], expected: dict[str, str], where: str = "") -> Iterator[str]:
-    """Yield a line for each key of which two mappings hold something else."""
-    for key in dict.fromkeys([*expected, *got]):
-        if got.get(key) != expected.get(key):
-            yield (f"{where}{key} is {got.get(key, 'missing')[:200]}, expected "
-                   f"{expected.get(key, 'none')[:200]}")
-
-
-def complete_index(index: dict, tensors: Iterable[Tensor], folder: Path) -> dict:
-    """Return an index with the paths of these tensors from a folder, and their size."""
-    meta, tensors = index.get("metadata"), sorted(tensors, key=lambda tensor: tensor.name)
-    return index | {
-        "metadata": {**(meta if isinstance(meta, dict) else {}),
-                     "total_size": sum(tensor.size for tensor in tensors)},
-        "weight_map": {tensor.name: tensor.path.relative_to(folder).as_posix()
-                       for tensor in tensors}}
-
-
-def differing_texts(result: Checkpoint, part: Part, side: SideFiles) -> Iterator[str]:
-    """Yield what is wrong with the index and the configs of a folder of the output."""
-    planned = {Path(path).name: text for path, text in side.texts.items()
-               if Path(path).parent == part.folder}
-    index_name = result.index_name
-    others = [name for name in result.files if not fnmatch.fnmatchcase(name, CONFIG_PATTERN)
-              or name == CONFIG_NAME]
-    for name in dict.fromkeys([*planned, *others]):
-        if name not in result.files:
-            yield f"{name} is missing"
-        elif name != index_name:
-            expected = json.loads(planned.get(name, "{}"))
-            yield from differences(flattened(result.files[name]), flattened(expected), f"{name}: ")
-    if index := result.files.get(index_name):
-        expected = complete_index(index, result.tensors.values(), result.root)
-        yield from differences(flattened(index), flattened(expected), f"{index_name}: ")
-
-
-def flattened(value, place: str = "") -> dict[str, str]:
-    """Return what stands in a config, as JSON by its path.
-
-    The dtype may go by either name, and which transformers wrote the config does not matter.
-    """
-    if not isinstance(value, dict):
-        return {place: json.dumps(value, sort_keys=True)}
-    found = {}
-    for key, item in value.items():
-        if key != "transformers_version":
-            key = DTYPE_KEYS[-1] if key in DTYPE_KEYS else key
-            found |= flattened(item, f"{place}.{key}" if place else key)
-    return found
-
-
 # --- publish: the files beside the shards; config and index last, which say that all is there ---
 
 # Files that only a quantized checkpoint needs; a loader would take the output for quantized.
@@ -2310,63 +2310,6 @@ class SideFiles:
     texts: dict[str, str]
 
 
-def find_side_files(plan: Plan) -> SideFiles:
-    """Decide what becomes of the files beside the shards.
-
-    Raises CheckpointError for links out of the checkpoint, which would be missing in the output,
-    and for a file of weights of which nothing says whether it is part of the checkpoint.
-    """
-    texts = {name: text for part in plan.parts[::-1] for name, text in bf16_texts(part).items()}
-    known, copied, left_out = {*texts}, [], [*plan.others]
-    for part in plan.parts:
-        known |= {(part.folder / name).as_posix() for name in part.checkpoint.shards}
-        known |= {(part.folder / path.name).as_posix() for pattern in QUANTIZATION_FILES
-                  for path in part.checkpoint.root.glob(pattern)}
-
-    def skip(error: OSError) -> None:
-        skip_unreadable(error)
-        left_out.append(Path(error.filename).relative_to(plan.root).as_posix())
-
-    for folder, folders, names in os.walk(plan.root, onerror=skip):
-        left_out += [Path(folder, name).relative_to(plan.root).as_posix() for name in folders
-                     if name == "lost+found"]
-        folders[:] = sorted({*folders} - TOOL_FOLDERS)
-        for name in sorted(names + folders):
-            path = Path(folder, name)
-            relative = path.relative_to(plan.root).as_posix()
-            if name in folders:
-                unwanted = is_like(name, UNWANTED) and name != "core"
-                if unwanted or path.is_symlink() or relative in [*known, *left_out]:
-                    folders.remove(name)
-                    if relative not in left_out:
-                        left_out.append(relative)
-            elif relative not in known and not is_like(name, IGNORED):
-                size = f" ({sized(path.stat().st_size)})" if path.is_file() else ""
-                if belongs(path, plan):
-                    copied.append(relative)
-                else:
-                    left_out.append(relative + size * is_like(name, UNWANTED))
-    return SideFiles(copied, left_out, texts)
-
-
-def belongs(path: Path, plan: Plan) -> bool:
-    """Return whether a file beside the shards is to be copied.
-
-    Raises CheckpointError for one that would be missing in the output without a word.
-    """
-    if path.is_symlink() and not is_plain(path, plan.root) and not path.name.startswith(".#"):
-        raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, "
-                              f"{'outside' if path.exists() else 'not there, or outside'} of the "
-                              "checkpoint; put the file itself there (cp -L)")
-    if not path.is_file() or (is_like(path.name, UNWANTED) and not is_adapter(path, plan)):
-        return False
-    if not os.access(path, os.R_OK):
-        raise CheckpointError(f"{path}: is not readable; it would be missing in the output")
-    if read_bytes(path, 0, 23) == b"version https://git-lfs":
-        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
-    return True
-
-
 def is_adapter(path: Path, plan: Plan) -> bool:
     """Return whether a file beside indexed shards holds other, plain weights.
 
@@ -2386,6 +2329,24 @@ def is_adapter(path: Path, plan: Plan) -> bool:
         what = f"repeats {min(same)}" if same else "holds quantized weights"
         raise CheckpointError(f"{path}: is not named by {beside[0].checkpoint.index_name} and "
                               f"{what}; move it out of {plan.root}")
+    return True
+
+
+def belongs(path: Path, plan: Plan) -> bool:
+    """Return whether a file beside the shards is to be copied.
+
+    Raises CheckpointError for one that would be missing in the output without a word.
+    """
+    if path.is_symlink() and not is_plain(path, plan.root) and not path.name.startswith(".#"):
+        raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, "
+                              f"{'outside' if path.exists() else 'not there, or outside'} of the "
+                              "checkpoint; put the file itself there (cp -L)")
+    if not path.is_file() or (is_like(path.name, UNWANTED) and not is_adapter(path, plan)):
+        return False
+    if not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path}: is not readable; it would be missing in the output")
+    if read_bytes(path, 0, 23) == b"version https://git-lfs":
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
     return True
 
 
@@ -2429,6 +2390,45 @@ def bf16_texts(part: Part) -> dict[str, str]:
             for name, value in values.items()}
 
 
+def find_side_files(plan: Plan) -> SideFiles:
+    """Decide what becomes of the files beside the shards.
+
+    Raises CheckpointError for links out of the checkpoint, which would be missing in the output,
+    and for a file of weights of which nothing says whether it is part of the checkpoint.
+    """
+    texts = {name: text for part in plan.parts[::-1] for name, text in bf16_texts(part).items()}
+    known, copied, left_out = {*texts}, [], [*plan.others]
+    for part in plan.parts:
+        known |= {(part.folder / name).as_posix() for name in part.checkpoint.shards}
+        known |= {(part.folder / path.name).as_posix() for pattern in QUANTIZATION_FILES
+                  for path in part.checkpoint.root.glob(pattern)}
+
+    def skip(error: OSError) -> None:
+        skip_unreadable(error)
+        left_out.append(Path(error.filename).relative_to(plan.root).as_posix())
+
+    for folder, folders, names in os.walk(plan.root, onerror=skip):
+        left_out += [Path(folder, name).relative_to(plan.root).as_posix() for name in folders
+                     if name == "lost+found"]
+        folders[:] = sorted({*folders} - TOOL_FOLDERS)
+        for name in sorted(names + folders):
+            path = Path(folder, name)
+            relative = path.relative_to(plan.root).as_posix()
+            if name in folders:
+                unwanted = is_like(name, UNWANTED) and name != "core"
+                if unwanted or path.is_symlink() or relative in [*known, *left_out]:
+                    folders.remove(name)
+                    if relative not in left_out:
+                        left_out.append(relative)
+            elif relative not in known and not is_like(name, IGNORED):
+                size = f" ({sized(path.stat().st_size)})" if path.is_file() else ""
+                if belongs(path, plan):
+                    copied.append(relative)
+                else:
+                    left_out.append(relative + size * is_like(name, UNWANTED))
+    return SideFiles(copied, left_out, texts)
+
+
 @dataclass(frozen=True)
 class OutputState:
     """What an output folder holds, and what is to be done about it.
@@ -2448,6 +2448,56 @@ class OutputState:
     @property
     def complete(self) -> bool:
         return not (self.needed or self.files or self.stale)
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a file carries a fingerprint."""
+    size = int.from_bytes(read_bytes(path, 0, 8), "little")
+    return f'"{FINGERPRINT_KEY}":"'.encode() in read_bytes(path, 8, min(size, HEADER_LIMIT))
+
+
+def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
+    """Return the names of those shards in the output whose size and header are the planned ones.
+
+    Raises CheckpointError for a file without a fingerprint: only those that have one are replaced.
+    """
+    done = set()
+
+    def check(worker: Worker, shard: Shard) -> int:
+        if is_done(shard, out, worker):
+            done.add(shard.name)
+        return shard.size
+
+    for path in (out / shard.name for shard in shards if not shard.emptied):
+        if path.is_symlink() or not path.is_file() or not is_ours(path):
+            raise CheckpointError(f"{path}: was not written by this version of this program; check "
+                                  "it with --verify, and delete it to convert it anew")
+    if shards:
+        pool = [Worker() for _ in range(min(workers, len(shards)))]
+        run_workers("checking", pool, ((shard,) for shard in shards), check, 0, quiet=True)
+    return done
+
+
+def existing(folder: Path) -> Path:
+    """Return the nearest folder above that exists."""
+    folder = folder.absolute()
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return folder
+
+
+def check_places(out: Path, names: list[str], stale: list[Path]) -> None:
+    """Raise CheckpointError where something in the output is in the way of a file."""
+    folder = existing(out)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{folder}: is not a writable directory; give another output")
+    for path in [*stale, *(out / name for name in names)]:
+        if path.is_dir() and not path.is_symlink():
+            raise CheckpointError(f"{path}: is a folder; remove it or give another output")
+        if not path.parent.resolve().is_relative_to(out.resolve()):
+            raise CheckpointError(f"{path.parent}: is a link out of the output; remove it")
+        if not (above := existing(path.parent)).is_dir():
+            raise CheckpointError(f"{above}: is where a folder has to be; remove it")
 
 
 def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> OutputState:
@@ -2495,56 +2545,6 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
     if not state.complete:
         check_places(out, [*shards, *side.texts, *side.copied], stale)
     return state
-
-
-def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
-    """Return the names of those shards in the output whose size and header are the planned ones.
-
-    Raises CheckpointError for a file without a fingerprint: only those that have one are replaced.
-    """
-    done = set()
-
-    def check(worker: Worker, shard: Shard) -> int:
-        if is_done(shard, out, worker):
-            done.add(shard.name)
-        return shard.size
-
-    for path in (out / shard.name for shard in shards if not shard.emptied):
-        if path.is_symlink() or not path.is_file() or not is_ours(path):
-            raise CheckpointError(f"{path}: was not written by this version of this program; check "
-                                  "it with --verify, and delete it to convert it anew")
-    if shards:
-        pool = [Worker() for _ in range(min(workers, len(shards)))]
-        run_workers("checking", pool, ((shard,) for shard in shards), check, 0, quiet=True)
-    return done
-
-
-def is_ours(path: Path) -> bool:
-    """Return whether a file carries a fingerprint."""
-    size = int.from_bytes(read_bytes(path, 0, 8), "little")
-    return f'"{FINGERPRINT_KEY}":"'.encode() in read_bytes(path, 8, min(size, HEADER_LIMIT))
-
-
-def existing(folder: Path) -> Path:
-    """Return the nearest folder above that exists."""
-    folder = folder.absolute()
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    return folder
-
-
-def check_places(out: Path, names: list[str], stale: list[Path]) -> None:
-    """Raise CheckpointError where something in the output is in the way of a file."""
-    folder = existing(out)
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{folder}: is not a writable directory; give another output")
-    for path in [*stale, *(out / name for name in names)]:
-        if path.is_dir() and not path.is_symlink():
-            raise CheckpointError(f"{path}: is a folder; remove it or give another output")
-        if not path.parent.resolve().is_relative_to(out.resolve()):
-            raise CheckpointError(f"{path.parent}: is a link out of the output; remove it")
-        if not (above := existing(path.parent)).is_dir():
-            raise CheckpointError(f"{above}: is where a folder has to be; remove it")
 
 
 def lock(folder: Path, stack: ExitStack, must: bool = False) -> None:
@@ -3009,6 +3009,27 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+def tell_plan(report: Report) -> None:
+    """Print the plan and its warnings."""
+    for title, numbers in (("Input", report.input), ("Output", report.output)):
+        shards, tensors = (counted(numbers[f"{noun}s"], noun) for noun in ("shard", "tensor"))
+        say(f"{title}: {shards}, {tensors}, {sized(numbers['bytes'])}")
+    for kind, count in report.dequantized.items():
+        say(f"  {counted(count, 'weight')} to dequantize: {kind}")
+    if not report.dequantized and not report.kept_in_fp8:
+        say("No quantized weights: this is a plain copy")
+    say(f"  {counted(report.copied, 'tensor')} to copy, {counted(report.dropped, 'scale')} to drop")
+    for name in report.kept_in_fp8:
+        say(f"Warning: Missing scale_inv tensor for {name}, skipping conversion", sys.stderr)
+    if report.files_left_out:
+        say(f"Not copied: {', '.join(report.files_left_out)}")
+    if report.experts_apart:
+        say(f"Experts are stored one by one ({report.experts_apart}), while models of this "
+            "architecture have them in one tensor: loaders may not find them")
+    for line in report.warnings + report.implausible:
+        say(f"Warning: {line}", sys.stderr)
+
+
 def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
     """Say what will be done, and return the record of it."""
     steps = [*plan.steps]
@@ -3035,27 +3056,6 @@ def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
     if options.ranks.rank == 0:
         tell_plan(report)
     return report
-
-
-def tell_plan(report: Report) -> None:
-    """Print the plan and its warnings."""
-    for title, numbers in (("Input", report.input), ("Output", report.output)):
-        shards, tensors = (counted(numbers[f"{noun}s"], noun) for noun in ("shard", "tensor"))
-        say(f"{title}: {shards}, {tensors}, {sized(numbers['bytes'])}")
-    for kind, count in report.dequantized.items():
-        say(f"  {counted(count, 'weight')} to dequantize: {kind}")
-    if not report.dequantized and not report.kept_in_fp8:
-        say("No quantized weights: this is a plain copy")
-    say(f"  {counted(report.copied, 'tensor')} to copy, {counted(report.dropped, 'scale')} to drop")
-    for name in report.kept_in_fp8:
-        say(f"Warning: Missing scale_inv tensor for {name}, skipping conversion", sys.stderr)
-    if report.files_left_out:
-        say(f"Not copied: {', '.join(report.files_left_out)}")
-    if report.experts_apart:
-        say(f"Experts are stored one by one ({report.experts_apart}), while models of this "
-            "architecture have them in one tensor: loaders may not find them")
-    for line in report.warnings + report.implausible:
-        say(f"Warning: {line}", sys.stderr)
 
 
 def tell_state(state: OutputState, plan: Plan, options: Options, record: Report) -> None:
@@ -3086,6 +3086,33 @@ def tell_state(state: OutputState, plan: Plan, options: Options, record: Report)
                               "some or give another output")
     if state.free is None and options.delete_source:
         raise CheckpointError(f"--delete-source: {out} does not say how much space is free")
+
+
+def prepare(plan: Plan, side: SideFiles, options: Options, record: Report,
+            stack: ExitStack, emptying: bool) -> set[str]:
+    """Look at the output, say what is there, lock it, and remove what must go.
+
+    Returns the names of the shards that are done. stack: holds the lock. emptying: there is work
+    even if the output is complete.
+    """
+    out, several = options.output, options.ranks.count > 1
+    if several and not options.dry_run:
+        (out / RANKS_NAME).unlink(missing_ok=True)  # of a job that was killed
+    state = inspect_output(plan, out, side, options.workers)
+    tell_state(state, plan, options, record)
+    if options.dry_run or (record.status == "complete" and not several and not emptying):
+        return state.done
+    for name in [*side.texts, *(shard.name for shard in plan.shards)]:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+    lock(out, stack)
+    for path in [*(out / name for name in side.texts), *state.stale]:
+        # Another rank may be writing a temporary file.
+        if record.status != "complete" and not (several and path.suffix == TEMPORARY_SUFFIX):
+            path.unlink(missing_ok=True)
+    sync(out)
+    if several:
+        write_whole(out / RANKS_NAME, digest_of(plan))
+    return state.done
 
 
 def make_output(plan: Plan, side: SideFiles, options: Options, record: Report) -> None:
@@ -3128,33 +3155,6 @@ def make_output(plan: Plan, side: SideFiles, options: Options, record: Report) -
     record.status = "converted" if record.status == "planned" else record.status
     record.seconds = dict(sum((worker.seconds for worker in pool), Counter()))
     record.NaN, record.infinite = map(count_nonfinite(pool).get, NONFINITE)
-
-
-def prepare(plan: Plan, side: SideFiles, options: Options, record: Report,
-            stack: ExitStack, emptying: bool) -> set[str]:
-    """Look at the output, say what is there, lock it, and remove what must go.
-
-    Returns the names of the shards that are done. stack: holds the lock. emptying: there is work
-    even if the output is complete.
-    """
-    out, several = options.output, options.ranks.count > 1
-    if several and not options.dry_run:
-        (out / RANKS_NAME).unlink(missing_ok=True)  # of a job that was killed
-    state = inspect_output(plan, out, side, options.workers)
-    tell_state(state, plan, options, record)
-    if options.dry_run or (record.status == "complete" and not several and not emptying):
-        return state.done
-    for name in [*side.texts, *(shard.name for shard in plan.shards)]:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-    lock(out, stack)
-    for path in [*(out / name for name in side.texts), *state.stale]:
-        # Another rank may be writing a temporary file.
-        if record.status != "complete" and not (several and path.suffix == TEMPORARY_SUFFIX):
-            path.unlink(missing_ok=True)
-    sync(out)
-    if several:
-        write_whole(out / RANKS_NAME, digest_of(plan))
-    return state.done
 
 
 def tell_converted(record: Report, ranks: Ranks) -> None:
@@ -3360,6 +3360,20 @@ def main(fp8_path: str | Path, bf16_path: str | Path, **options) -> None:
     convert(fp8_path, bf16_path, **options)
 
 
+def message_of(error: Exception) -> str:
+    """Return one line about an error, which names the file where there is one."""
+    text = str(error) if isinstance(error, CheckpointError) else str(error).partition("\n")[0]
+    if isinstance(error, OSError) and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        text = f"out of memory{text and ': ' + text}; try --workers 1"
+    if "start new thread" in text:
+        text += "; try --workers 1"
+    if len(text) > MESSAGE_LIMIT:
+        text = f"{text[: MESSAGE_LIMIT // 2]} ... {text[-MESSAGE_LIMIT // 2 :]}"
+    return text or type(error).__name__
+
+
 def cli(arguments: list[str] | None = None) -> int:
     """Run the command line. Returns the exit status.
 
@@ -3402,20 +3416,6 @@ def cli(arguments: list[str] | None = None) -> int:
             say(f"interrupted: {what}", sys.stderr)
         return 128 + (interrupt.args or [signal.SIGINT])[0]
     return 0
-
-
-def message_of(error: Exception) -> str:
-    """Return one line about an error, which names the file where there is one."""
-    text = str(error) if isinstance(error, CheckpointError) else str(error).partition("\n")[0]
-    if isinstance(error, OSError) and error.filename:
-        text = f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError):
-        text = f"out of memory{text and ': ' + text}; try --workers 1"
-    if "start new thread" in text:
-        text += "; try --workers 1"
-    if len(text) > MESSAGE_LIMIT:
-        text = f"{text[: MESSAGE_LIMIT // 2]} ... {text[-MESSAGE_LIMIT // 2 :]}"
-    return text or type(error).__name__
 
 
 def end(number: int, frame) -> None:

@@ -149,98 +149,14 @@ def pieces(start: int, stop: int, cols: int, limit: int) -> Iterator[tuple[int, 
         start += M * N
 
 
-def weight_dequant(
-    x: torch.Tensor, s: torch.Tensor, block_size: int | tuple[int, int] = 128
-) -> torch.Tensor:
-    """Dequantize a weight with one scale per block, on the device where its tensors are.
-
-    x: (M, N) codes, contiguous; float8_e4m3fn, float8_e5m2, uint8 (E4M3 codes) or int8 (integers).
-    s: (ceil(M / block rows), ceil(N / block columns)) scales of any floating dtype.
-    block_size: rows and columns of a block; one number for a square block.
-
-    Returns (M, N) bfloat16. Raises ValueError where shapes, dtypes or devices do not fit.
+def _scratch(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory that later calls in this thread reuse: the system takes longer to provide new
+    pages than the arithmetic takes to fill them.
     """
-    block = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
-    if x.dtype not in FORMAT_OF_DTYPE:
-        raise ValueError(f"codes are {x.dtype}; expected one of {[*FORMAT_OF_DTYPE]}")
-    if x.dim() != 2 or not x.is_contiguous():
-        raise ValueError(f"codes of shape {tuple(x.shape)} are not a contiguous matrix")
-    if x.device != s.device:
-        raise ValueError(f"codes are on {x.device}, scales on {s.device}")
-    grid = Grid(*x.shape, *block, slab_rows=max(1, x.shape[0]))
-    if tuple(s.shape) != grid.scale_shape:
-        raise ValueError(f"scales are {tuple(s.shape)}; blocks of {block} over codes "
-                         f"{tuple(x.shape)} need {grid.scale_shape}")
-    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-    codes, scales = x.view(torch.uint8), s.float().contiguous()
-    limit = 1 << 30 if x.is_cuda else MAX_PIECE  # The Triton kernel counts in int32.
-    for row, col, M, N in pieces(0, x.numel(), x.shape[1] or 1, limit):
-        place = slice(row, row + M), slice(col, col + N)
-        top, bottom, left, right = grid.scale_region(row, col, M, N)
-        dequantize(codes[place], scales[top:bottom, left:right], out[place],
-                   FORMAT_OF_DTYPE[x.dtype], grid, row, col)
-    return out
-
-
-@torch.inference_mode()
-def dequantize(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    out: torch.Tensor,
-    number_format: str,
-    grid: Grid,
-    row: int = 0,
-    col: int = 0,
-    divide: bool = False,
-    stream=None,
-) -> torch.Tensor:
-    """Dequantize a piece of a weight: whole rows, or a part of one.
-
-    out: (M, N) bfloat16, contiguous, filled with the elements from (row, col) on of the weight that
-    `grid` describes.
-    codes: (M, at least ceil(N / codes per byte)) uint8, of which each row begins with the byte that
-    holds the code of column `col`; contiguous.
-    scales: float32, the matrix of the piece's scales, which grid.scale_region names.
-    All three on one device, where the work is done; or on the CPU, with a torch.cuda.Stream whose
-    device does it. number_format: a key of FORMATS. divide: by the scales; on the CPU only.
-
-    Returns the numbers of NaN and of infinities in out: two integers in a tensor on that device,
-    whose computation may not have finished; with a stream it has, and everything is on the CPU.
-    """
-    if not out.numel():
-        return torch.zeros(2, dtype=torch.int64, device=out.device)
-    rest = FORMATS[number_format], grid, row, col
-    if stream is None or divide:
-        path = _dequantize_triton if codes.is_cuda else _dequantize_cpu
-        return path(codes, scales, out, *rest, divide)
-    with torch.cuda.stream(stream):
-        codes, scales = (t.to(stream.device, non_blocking=True) for t in (codes, scales))
-        result = torch.empty_like(out, device=stream.device)
-        nonfinite = _dequantize_triton(codes, scales, result, *rest, divide)
-        out.copy_(result, non_blocking=True)
-        return nonfinite.cpu()  # Waits for the stream, so all buffers are free again.
-
-
-def _dequantize_cpu(codes, scales, out, fmt, grid, row, col, divide) -> torch.Tensor:
-    # NaN fails these comparisons. Scales may absorb the power of two only if all is finite.
-    finite = not divide and all(abs(end.item()) < MAX_SCALE for end in scales.aminmax())
-    finite = finite and (fmt.nonfinite == NEVER or _largest_magnitude(codes) < fmt.nonfinite)
-    values, rescale = _decode(codes, fmt)
-    if finite:
-        scales = scales * rescale
-    else:
-        values *= rescale
-        if fmt.nonfinite == 0x7F:
-            values.masked_fill_((codes & 0x7F) == 0x7F, torch.nan)
-    if values.shape != out.shape:
-        skipped = col % fmt.codes_per_byte
-        values = values[:, skipped : skipped + out.shape[1]]
-    _scale(values, scales, grid, row, col, torch.Tensor.div_ if divide else torch.Tensor.mul_)
-    out.copy_(values)
-    if finite:
-        return NONE_COUNTED
-    out.view(torch.int16)[out.isnan()] = BF16_NAN
-    return torch.stack([out.isnan().sum(), out.isinf().sum()])
+    memory = vars(SCRATCH).get((name, dtype))
+    if memory is None or len(memory) < size:
+        memory = vars(SCRATCH)[name, dtype] = torch.empty(size, dtype=dtype)
+    return memory[:size]
 
 
 def _decode(codes: torch.Tensor, fmt: NumberFormat) -> tuple[torch.Tensor, float]:
@@ -276,16 +192,6 @@ def _largest_magnitude(codes: torch.Tensor) -> int:
     return max(codes.view(torch.int8).max().item(), codes.max().item() - 0x80)
 
 
-def _scratch(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return memory that later calls in this thread reuse: the system takes longer to provide new
-    pages than the arithmetic takes to fill them.
-    """
-    memory = vars(SCRATCH).get((name, dtype))
-    if memory is None or len(memory) < size:
-        memory = vars(SCRATCH)[name, dtype] = torch.empty(size, dtype=dtype)
-    return memory[:size]
-
-
 def _scale(values, scales, grid, row, col, operation) -> None:
     """Multiply or divide (M, N) float32 values in place by the scales of their blocks."""
     M, N = values.shape
@@ -317,12 +223,26 @@ def _scale(values, scales, grid, row, col, operation) -> None:
         operation(values[:, last:], scales[:, -1:])
 
 
-def widen_scales(raw: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return scales as float32. raw: uint8, their bytes.
-
-    dtype: F32, BF16 or F16; F8_E4M3; F8_E8M0 or U8, which is 2 ** (byte - 127), and NaN for 255.
-    """
-    return raw.view(SCALE_DTYPES[dtype]).float()
+def _dequantize_cpu(codes, scales, out, fmt, grid, row, col, divide) -> torch.Tensor:
+    # NaN fails these comparisons. Scales may absorb the power of two only if all is finite.
+    finite = not divide and all(abs(end.item()) < MAX_SCALE for end in scales.aminmax())
+    finite = finite and (fmt.nonfinite == NEVER or _largest_magnitude(codes) < fmt.nonfinite)
+    values, rescale = _decode(codes, fmt)
+    if finite:
+        scales = scales * rescale
+    else:
+        values *= rescale
+        if fmt.nonfinite == 0x7F:
+            values.masked_fill_((codes & 0x7F) == 0x7F, torch.nan)
+    if values.shape != out.shape:
+        skipped = col % fmt.codes_per_byte
+        values = values[:, skipped : skipped + out.shape[1]]
+    _scale(values, scales, grid, row, col, torch.Tensor.div_ if divide else torch.Tensor.mul_)
+    out.copy_(values)
+    if finite:
+        return NONE_COUNTED
+    out.view(torch.int16)[out.isnan()] = BF16_NAN
+    return torch.stack([out.isnan().sum(), out.isinf().sum()])
 
 
 @functools.cache
@@ -447,3 +367,83 @@ def _dequantize_triton(codes, scales, out, fmt, grid, row, col, divide) -> torch
             enable_fp_fusion=False,
         )
     return nonfinite
+
+
+@torch.inference_mode()
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    out: torch.Tensor,
+    number_format: str,
+    grid: Grid,
+    row: int = 0,
+    col: int = 0,
+    divide: bool = False,
+    stream=None,
+) -> torch.Tensor:
+    """Dequantize a piece of a weight: whole rows, or a part of one.
+
+    out: (M, N) bfloat16, contiguous, filled with the elements from (row, col) on of the weight that
+    `grid` describes.
+    codes: (M, at least ceil(N / codes per byte)) uint8, of which each row begins with the byte that
+    holds the code of column `col`; contiguous.
+    scales: float32, the matrix of the piece's scales, which grid.scale_region names.
+    All three on one device, where the work is done; or on the CPU, with a torch.cuda.Stream whose
+    device does it. number_format: a key of FORMATS. divide: by the scales; on the CPU only.
+
+    Returns the numbers of NaN and of infinities in out: two integers in a tensor on that device,
+    whose computation may not have finished; with a stream it has, and everything is on the CPU.
+    """
+    if not out.numel():
+        return torch.zeros(2, dtype=torch.int64, device=out.device)
+    rest = FORMATS[number_format], grid, row, col
+    if stream is None or divide:
+        path = _dequantize_triton if codes.is_cuda else _dequantize_cpu
+        return path(codes, scales, out, *rest, divide)
+    with torch.cuda.stream(stream):
+        codes, scales = (t.to(stream.device, non_blocking=True) for t in (codes, scales))
+        result = torch.empty_like(out, device=stream.device)
+        nonfinite = _dequantize_triton(codes, scales, result, *rest, divide)
+        out.copy_(result, non_blocking=True)
+        return nonfinite.cpu()  # Waits for the stream, so all buffers are free again.
+
+
+def weight_dequant(
+    x: torch.Tensor, s: torch.Tensor, block_size: int | tuple[int, int] = 128
+) -> torch.Tensor:
+    """Dequantize a weight with one scale per block, on the device where its tensors are.
+
+    x: (M, N) codes, contiguous; float8_e4m3fn, float8_e5m2, uint8 (E4M3 codes) or int8 (integers).
+    s: (ceil(M / block rows), ceil(N / block columns)) scales of any floating dtype.
+    block_size: rows and columns of a block; one number for a square block.
+
+    Returns (M, N) bfloat16. Raises ValueError where shapes, dtypes or devices do not fit.
+    """
+    block = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    if x.dtype not in FORMAT_OF_DTYPE:
+        raise ValueError(f"codes are {x.dtype}; expected one of {[*FORMAT_OF_DTYPE]}")
+    if x.dim() != 2 or not x.is_contiguous():
+        raise ValueError(f"codes of shape {tuple(x.shape)} are not a contiguous matrix")
+    if x.device != s.device:
+        raise ValueError(f"codes are on {x.device}, scales on {s.device}")
+    grid = Grid(*x.shape, *block, slab_rows=max(1, x.shape[0]))
+    if tuple(s.shape) != grid.scale_shape:
+        raise ValueError(f"scales are {tuple(s.shape)}; blocks of {block} over codes "
+                         f"{tuple(x.shape)} need {grid.scale_shape}")
+    out = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    codes, scales = x.view(torch.uint8), s.float().contiguous()
+    limit = 1 << 30 if x.is_cuda else MAX_PIECE  # The Triton kernel counts in int32.
+    for row, col, M, N in pieces(0, x.numel(), x.shape[1] or 1, limit):
+        place = slice(row, row + M), slice(col, col + N)
+        top, bottom, left, right = grid.scale_region(row, col, M, N)
+        dequantize(codes[place], scales[top:bottom, left:right], out[place],
+                   FORMAT_OF_DTYPE[x.dtype], grid, row, col)
+    return out
+
+
+def widen_scales(raw: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Return scales as float32. raw: uint8, their bytes.
+
+    dtype: F32, BF16 or F16; F8_E4M3; F8_E8M0 or U8, which is 2 ** (byte - 127), and NaN for 255.
+    """
+    return raw.view(SCALE_DTYPES[dtype]).float()
