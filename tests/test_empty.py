@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -54,12 +55,22 @@ def independent(tmp_path):
     return tmp_path / "in"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """An emptied checkpoint, its output, and the whole input."""
+    folder = tmp_path_factory.mktemp("made")
+    for name in ("in", "whole"):
+        write_checkpoint(folder / name, several_kinds()[0], CONFIG)
+        (folder / name / "tokenizer.json").write_text("{}")
+    main(folder / "in", folder / "out", delete_source=True)
+    return folder
+
+
 @pytest.fixture
-def emptied(source, tmp_path):
-    """The `source`, emptied; its output is beside it, and a copy of the whole input."""
-    shutil.copytree(source, tmp_path / "whole")
-    main(source, tmp_path / "out", delete_source=True)
-    return source
+def emptied(made, tmp_path):
+    """The emptied checkpoint; its output is beside it in `out`, and the whole input in `whole`."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "in"
 
 
 def header_of(path: Path) -> int:
@@ -362,8 +373,8 @@ def test_the_tensors_of_an_emptied_input_cannot_be_read(emptied):
 # --- interruptions ---
 
 
-@pytest.mark.parametrize("function", ["prove", "empty", "publish"])
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("function, number", [
+    *itertools.product(["prove", "empty"], range(4)), ("publish", 0)])
 def test_an_interrupted_run_is_continued(independent, monkeypatch, tmp_path, function, number):
     expected = write_independent(tmp_path / "whole")
     main(tmp_path / "whole", tmp_path / "expected")
@@ -371,7 +382,7 @@ def test_an_interrupted_run_is_continued(independent, monkeypatch, tmp_path, fun
 
     def interrupt(*operands):
         calls.append(operands)
-        if len(calls) == number + 1 or function == "publish":
+        if len(calls) == number + 1:
             raise KeyboardInterrupt
         return real(*operands)
 
@@ -930,7 +941,7 @@ def test_the_disk_never_holds_more_than_was_predicted(four, monkeypatch):
 
 def test_some_faults_while_an_input_is_emptied_lose_nothing(tmp_path):
     command = [sys.executable, ROOT / "tests/faults.py", tmp_path, "--delete-source"]
-    done = subprocess.run([*command, "--every", "150", "--kills", "3"], capture_output=True,
+    done = subprocess.run([*command, "--every", "250", "--kills", "3"], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
     counts = [int(count) for count in re.findall(r"'\w+': (\d+)", done.stdout)]
