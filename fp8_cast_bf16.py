@@ -2743,36 +2743,49 @@ def peak_space(order: list[tuple[Shard, list[Path]]], state: OutputState) -> int
     return max(peak, now + sides)
 
 
-def stamp(path: Path) -> tuple[int, ...]:
+def stamp(stat: os.stat_result) -> tuple[int, ...]:
     """Return what changes when a file is replaced, linked to, or written."""
-    stat = path.lstat()
     return stat.st_dev, stat.st_ino, stat.st_nlink, stat.st_size, stat.st_mtime_ns
 
 
-def check_source(plan: Plan, options: Options, record: Report) -> dict[Path, tuple[int, ...]]:
-    """Return the stamps of the shards that will be emptied.
-
-    Raises CheckpointError where their values may not be read rightly, where an interrupted run
-    could not plan again, and where emptying them would hit others or free nothing.
-    """
-    doubts = [*record.implausible, *(f"{name} is FP8 and has no scale" for name in plan.missing)]
-    doubts += [f"{name} is a scale of no weight" for name in record.dropped_scales_of_no_weight]
+def find_doubts(plan: Plan, record: Report) -> Iterator[str]:
+    """Yield why values may not be read rightly, or why an interrupted run could not plan again."""
+    yield from record.implausible
+    yield from (f"{name} is FP8 and has no scale" for name in plan.missing)
+    yield from (f"{name} is a scale of no weight" for name in record.dropped_scales_of_no_weight)
     for part in plan.parts:
         emptied = {name: tensor._replace(emptied=True)
                    for name, tensor in part.checkpoint.tensors.items()}
         try:
             read_formats(replace(part.checkpoint, tensors=emptied))
         except CheckpointError as error:
-            doubts.append(str(error))
-    stamps = {path: stamp(path) for path in find_takers(plan)}
+            yield str(error)
+
+
+def check_source(plan: Plan, options: Options, record: Report) -> dict[Path, tuple[int, ...]]:
+    """Return the stamps of the shards that will be emptied.
+
+    Raises CheckpointError where there are doubts, and where emptying the shards would hit others,
+    free nothing, or lose what is not in the output.
+    """
+    doubts = [*find_doubts(plan, record)]
+    stamps = {path: stamp(path.lstat()) for path in find_takers(plan)}
+    known = {tensor for part in plan.parts for tensor in part.checkpoint.tensors.values()}
+    outputs = [options.output / shard.name for shard in plan.shards]
+    made = {stamp(path.stat())[:2] for path in outputs if path.exists()}
     root, device = plan.root.resolve(), existing(options.output).stat().st_dev
-    for path, (where, _, names, *_) in stamps.items():
+    for path, (where, number, names, *_) in stamps.items():
         if names > 1 or path.resolve() != root / path.relative_to(plan.root):
             doubts.append(f"{path} is a link or has a second name, so that others may need it")
         elif not os.access(path, os.W_OK):
             doubts.append(f"{path} is not writable")
         elif where != device:
             doubts.append(f"{path} and {options.output} are on different file systems")
+        elif (where, number) in made:
+            doubts.append(f"{path} is reached through a link in {options.output}, too")
+        elif not known.issuperset(read_header(path)[1]):  # Read again, now that it has a stamp.
+            doubts.append(f"{path} has changed since it was planned, or has a tensor that the "
+                          "index finds in another file")
     if doubts:
         raise CheckpointError(f"--delete-source: {doubts[0]}; nothing has been emptied by this run")
     return stamps
@@ -2812,9 +2825,10 @@ def prove(shard: Shard, out: Path, pool: list[Worker]) -> None:
 
 def empty(path: Path, before: tuple[int, ...]) -> None:
     """Cut an input shard behind its header, which a later run needs to plan again."""
-    if stamp(path) != before:
-        raise CheckpointError(f"{path}: has been changed since the run began; it is left as it is")
     with naming(path), open_raw(path, "r+b") as file:
+        if not stamp(path.lstat()) == stamp(os.fstat(file.fileno())) == before:
+            raise CheckpointError(f"{path}: has been changed since the run began; it is left as it "
+                                  "is")
         file.truncate(header_size(path))
         os.fsync(file.fileno())
 

@@ -626,6 +626,40 @@ def test_a_shard_with_a_second_name_is_refused(source, tmp_path):
     assert_refused(source, f"{source / ONE} is a link or has a second name")
 
 
+def test_an_output_that_leads_back_into_the_input_is_refused(source, out, tmp_path):
+    """The draft has been converted before, so it is as planned, and it would prove itself."""
+    draft = {SHARD: {"n.weight": torch.rand(30, 30).bfloat16()}}
+    write_checkpoint(source / "draft", draft, {"model_type": "x"}, index=False)
+    main(source, tmp_path / "first")
+    shutil.rmtree(source / "draft")
+    shutil.copytree(tmp_path / "first/draft", source / "draft")
+    main(source, out)
+    shutil.rmtree(out / "draft")
+    (out / "draft").symlink_to(source / "draft")
+    assert_stops(source, f"{source / 'draft' / SHARD} is reached through a link in {out}, too")
+
+
+def test_a_shard_with_a_tensor_that_the_index_finds_elsewhere_is_refused(tmp_path):
+    shards = {ONE: {"x": torch.ones(9, 9), "y": torch.ones(3)}, TWO: {"z": torch.ones(9)}}
+    source = write_checkpoint(tmp_path / "in", shards, CONFIG)
+    save_file({"z": torch.ones(9), "x": torch.zeros(9, 9)}, source / TWO)
+    assert_refused(source, f"{source / TWO} has changed since it was planned, or has a tensor of")
+
+
+def test_a_shard_that_changes_between_the_plan_and_its_stamp_is_refused(tmp_path, monkeypatch):
+    source = write_checkpoint(tmp_path / "in", {SHARD: {"x": torch.ones(9, 9)}}, CONFIG)
+    real = fp8_cast_bf16.report_plan
+
+    def change(*arguments):
+        save_file({"x": torch.zeros(9, 9), "y": torch.ones(99)}, source / SHARD)
+        return real(*arguments)
+
+    monkeypatch.setattr(fp8_cast_bf16, "report_plan", change)
+    with pytest.raises(CheckpointError, match=f"{SHARD} has changed since it was planned"):
+        main(source, tmp_path / "out", delete_source=True)
+    assert not is_emptied(source / SHARD)
+
+
 def test_a_shard_that_may_not_be_written_to_is_refused(source, monkeypatch):
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: (
@@ -635,7 +669,7 @@ def test_a_shard_that_may_not_be_written_to_is_refused(source, monkeypatch):
 
 def test_an_output_on_another_file_system_is_refused(source, monkeypatch):
     real = fp8_cast_bf16.stamp
-    monkeypatch.setattr(fp8_cast_bf16, "stamp", lambda path: (0, *real(path)[1:]))
+    monkeypatch.setattr(fp8_cast_bf16, "stamp", lambda stat: (0, *real(stat)[1:]))
     assert_refused(source, f"{source.parent / 'out'} are on different file systems")
 
 
