@@ -242,6 +242,11 @@ def walk(value) -> Iterator[tuple[str, object]]:
             queue += value
 
 
+def refuse_pointer(path: Path, start: bytes) -> None:
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
+
+
 def parse_json(path: Path, text: bytes) -> dict:
     """Return the JSON object that is the text of a file, or of a part of it."""
 
@@ -257,8 +262,7 @@ def parse_json(path: Path, text: bytes) -> dict:
             raise ValueError(f"{text} is too large a number")
         return value
 
-    if text.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
+    refuse_pointer(path, text)
     try:
         value = json.loads(text.decode(), object_pairs_hook=unique, parse_float=finite)
         if not isinstance(value, dict):
@@ -318,11 +322,10 @@ def read_header(path: Path, source: bool = False) -> tuple[dict[str, str], list[
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the download is incomplete")
-    start, length = read_bytes(path, 0, 8), path.stat().st_size
-    size = int.from_bytes(start, "little")
-    if start == b"version ":
-        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
-    whole = len(start) == 8 and size <= min(length - 8, HEADER_LIMIT)
+    start, length = read_bytes(path, 0, 64), path.stat().st_size
+    refuse_pointer(path, start)
+    size = int.from_bytes(start[:8], "little")
+    whole = size <= min(length - 8, HEADER_LIMIT)
     text = read_bytes(path, 8, size) if whole else b""
     try:
         if not text.startswith(b"{"):
@@ -2345,8 +2348,7 @@ def belongs(path: Path, plan: Plan) -> bool:
         return False
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"{path}: is not readable; it would be missing in the output")
-    if read_bytes(path, 0, 23) == b"version https://git-lfs":
-        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
+    refuse_pointer(path, read_bytes(path, 0, 64))
     return True
 
 
