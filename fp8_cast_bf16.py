@@ -2044,14 +2044,15 @@ def find_implausible(planned: Iterable[Step]) -> list[str]:
         name, scale = samples[0][0].source.name, steps[0].quantization.scale
         wide = scale is None or re.search("embed|shared|wte|norm", name)
         low, high = PLAUSIBLE_CAST if wide else PLAUSIBLE
-        what = f"the scales of {name} and others are all 1"
-        what = what if scale and all(ones for _, _, ones in samples) else ""
         if not low <= rms <= high:
             what = (f"{name} and others have a root mean square of {rms:.3g}, expected {low:g} to "
                     f"{high:g}")
-        if what:
-            found.append(f"{kind}: {what}: usually an inverse scale, raw codes or a missing second "
-                         "scale; --verify reads the format the same way and cannot see it")
+        elif scale and all(ones for _, _, ones in samples):
+            what = f"the scales of {name} and others are all 1"
+        else:
+            continue
+        found.append(f"{kind}: {what}: usually an inverse scale, raw codes or a missing second "
+                     "scale; --verify reads the format the same way and cannot see it")
     worker.close()
     return found
 
@@ -2808,13 +2809,12 @@ def prove(shard: Shard, out: Path, pool: list[Worker]) -> None:
         with open_raw(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     check_loadable(path)
-    first, names = {}, {}
-    if whole := holds(shard, path):
-        _, tensors = read_header(path)
-        names = {tensor.name: tensor for tensor in tensors}
-        first = compare_values([(shard, step, names[step.output.name]) for step in shard.steps
-                                if not step.emptied], out, pool, False)
-    if first or not whole:
+    differs = not holds(shard, path)
+    if not differs:
+        there = {tensor.name: tensor for tensor in read_header(path)[1]}
+        differs = compare_values([(shard, step, there[step.output.name]) for step in shard.steps
+                                  if not step.emptied], out, pool, False)
+    if differs:
         remedy = "Delete it and run the same command again"
         if shard.emptied:
             remedy = f"Keep it until {shard.emptied[0]}, which is emptied, is downloaded again"
@@ -3051,8 +3051,8 @@ def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
     steps = [*plan.steps]
     tensors = [tensor for part in plan.parts for tensor in part.checkpoint.tensors.values()]
     kinds = Counter(kind_of(step) for step in steps if step.quantization)
-    missing = {kind: plan.missing if kind == options.missing_scale else []
-               for kind in MISSING_SCALE}
+    kept, cast = (plan.missing if options.missing_scale == policy else []
+                  for policy in ("keep", "cast"))
     warnings = [f"{part.checkpoint.root}: has no {CONFIG_NAME}, so nothing can load the output"
                  for part in plan.parts if not {CONFIG_NAME, PARAMS_NAME} & {*part.checkpoint.files}
                  and any(Path(shard.name).name.startswith("model") for shard in part.shards)]
@@ -3067,7 +3067,7 @@ def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
         dict(kinds.most_common()), len(steps) - kinds.total(),
         sum(len(part.reading.dropped) for part in plan.parts),
         [tensor.name for part in plan.parts for tensor in part.reading.orphans],
-        dict.fromkeys(missing["keep"], "no scale"), missing["cast"], side.left_out,
+        dict.fromkeys(kept, "no scale"), cast, side.left_out,
         find_apart_experts(plan), find_implausible(steps), warnings)
     if options.ranks.rank == 0:
         tell_plan(report)
