@@ -2503,20 +2503,27 @@ def check_places(out: Path, names: list[str], stale: list[Path]) -> None:
             raise CheckpointError(f"{above}: is where a folder has to be; remove it")
 
 
+def find_stale(plan: Plan, out: Path, side: SideFiles) -> list[Path]:
+    """Return what tells of another state of the output, and files that were left unfinished."""
+    planned = [*side.copied, *side.texts]
+    folders = {(out / name).parent for name in [*(s.name for s in plan.shards), *side.texts]}
+    stale = [path for folder in sorted(folders | {out}) for pattern in SIGNS
+             for path in sorted(folder.glob(pattern))
+             if path.relative_to(out).as_posix() not in planned]
+    stale += find_temporary(out, plan.shards)
+    stale += [path for name in planned if (path := temporary(out / name)).exists()]
+    return [*dict.fromkeys(stale)]
+
+
 def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> OutputState:
     """Look at an output folder. Raises CheckpointError where the output cannot be made there."""
-    shards, stale = {shard.name: shard for shard in plan.shards}, []
+    shards = {shard.name: shard for shard in plan.shards}
     foreign = [name for path in sorted(out.rglob("*.safetensors")) if path.name[0] != "."
                and (name := path.relative_to(out).as_posix()) not in {*shards, *side.copied}]
     if foreign:
         raise CheckpointError(f"{out}: holds {', '.join(foreign)}, which this checkpoint does not "
                               "have; give another folder")
-    for folder in sorted({(out / name).parent for name in [*shards, *side.texts]} | {out}):
-        stale += [path for pattern in SIGNS for path in sorted(folder.glob(pattern))
-                  if path.relative_to(out).as_posix() not in {*side.texts, *side.copied}]
-    unfinished = find_temporary(out, plan.shards)
-    unfinished += [path for name in [*side.copied, *side.texts]
-                   if (path := temporary(out / name)).exists() and path not in unfinished]
+    stale = find_stale(plan, out, side)
     there = [name for name in sorted(shards) if os.path.lexists(out / name)]
     done = find_done([shards[name] for name in there], out, workers)
     for shard in plan.shards:
@@ -2529,21 +2536,20 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
     files += [name for name in side.copied if not (out / name).is_file()
               or not filecmp.cmp(plan.root / name, out / name, shallow=False)]
     edited = [name for name in files if os.path.lexists(out / name) and not (out / name).is_dir()]
-    theirs = edited + [path.name for path in stale if path.is_file() and path.name != RANKS_NAME]
+    theirs = edited + [path.name for path in stale if path.is_file() and path.name != RANKS_NAME
+                       and path.suffix != TEMPORARY_SUFFIX]
     if theirs and not there:
         raise CheckpointError(f"{out}: holds {', '.join(theirs)}, which this program has not "
                               "written; give another folder")
-    replaced = [name for name in there if name not in done] + edited
     sizes = [shard.size for shard in plan.shards if shard.name not in done]
     sizes += [len(side.texts[name]) if name in side.texts else (plan.root / name).stat().st_size
               for name in files]
-    stale += unfinished
     freed, usage = 0, shutil.disk_usage(existing(out))
     for path in [*stale, *(out / name for name in edited)]:  # Shards stay until others are whole.
         with suppress(FileNotFoundError):  # Another rank may have given it its name.
             freed += getattr(path.lstat(), "st_blocks", 0) * 512
-    state = OutputState(done, replaced, files, [*dict.fromkeys(stale)],
-                        sum(map(in_pages, sizes)),
+    replaced = [name for name in there if name not in done] + edited
+    state = OutputState(done, replaced, files, stale, sum(map(in_pages, sizes)),
                         usage.free + freed if usage.total else None)
     if not state.complete:
         check_places(out, [*shards, *side.texts, *side.copied], stale)
