@@ -3396,11 +3396,7 @@ def message_of(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def cli(arguments: list[str] | None = None) -> int:
-    """Run the command line. Returns the exit status.
-
-    0: converted or verified; 1: impossible or different; 2: wrong usage; 128 + N: signal N came.
-    """
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Convert an FP8 checkpoint into a BF16 one.", epilog=formats_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -3418,6 +3414,15 @@ def cli(arguments: list[str] | None = None) -> int:
         help="empty each input shard once its output is verified, if the disk cannot hold both")
     add("--report", metavar="FILE", help="write a JSON record of it all")
     add("--version", action="version", version=VERSION)
+    return parser
+
+
+def cli(arguments: list[str] | None = None) -> int:
+    """Run the command line. Returns the exit status.
+
+    0: converted or verified; 1: impossible or different; 2: wrong usage; 128 + N: signal N came.
+    """
+    parser = make_parser()
     options = parser.parse_args(arguments)
     ranks = find_ranks()
     try:
