@@ -12,10 +12,10 @@ An output shard is a file that can be computed at any byte range from the input:
 
     headers -> formats -> plan -> render(shard, start, stop) -> windows on disk -> publish
 
-Planning reads headers only, so whatever is wrong with a checkpoint is said before the first byte is
-written. Workers then render windows, aligned byte ranges of a shard, in any order. A window depends
-on no other, so the same bytes come out of one worker or many, a GPU or none, and memory is bounded
-by the windows in flight, however large a tensor is.
+Planning reads headers only, so whatever is wrong with a checkpoint is reported before the first
+byte is written. Workers then render windows, aligned byte ranges of a shard, in any order. A window
+depends on no other, so the same bytes come out of one worker or many, a GPU or none, and memory is
+bounded by the windows in flight, however large a tensor is.
 """
 
 from __future__ import annotations
@@ -63,19 +63,19 @@ NEEDED = "needs torch>=2.7, safetensors>=0.6.1, tqdm: pip install -r requirement
 
 
 class CheckpointError(Exception):
-    """Something about the checkpoint that its user can mend: names the file and the tensor."""
+    """A problem of the checkpoint that its user can fix; the message names file and tensor."""
 
 
 class UsageError(ValueError):
-    """The arguments cannot be meant as they are given."""
+    """The arguments are invalid or contradict each other."""
 
 
 def import_torch() -> None:
     """Import torch, which takes seconds, and what needs it, once the arguments are known."""
     global torch, tqdm, SafetensorError, safe_open, kernel, Grid, ceil_div, pieces
-    sys.path.insert(0, str(Path(__file__).parent))  # Not there with PYTHONSAFEPATH.
+    sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH leaves it out.
     try:
-        with warnings.catch_warnings():  # torch warns without numpy; nothing here uses it
+        with warnings.catch_warnings():  # torch warns without numpy; nothing here uses it.
             warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
             import torch
         import safetensors
@@ -93,7 +93,7 @@ def import_torch() -> None:
 
 
 def printable(text: str) -> str:
-    """Return text that a terminal can show and that does not steer it, whatever a tensor's name."""
+    """Return text that a terminal can show and that cannot control it, whatever a tensor's name."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -102,7 +102,7 @@ def printable(text: str) -> str:
 def say(text: str, file=None) -> None:
     try:
         print(printable(text), file=file, flush=True)
-    except BrokenPipeError:  # The reader has gone, as `head` does; the work goes on.
+    except BrokenPipeError:  # The reader, such as `head`, has exited; the work goes on.
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
@@ -117,7 +117,7 @@ def naming(path: Path):
 
 
 def read_bytes(path: Path, start: int = 0, count: int = -1) -> bytes:
-    """Return bytes of a file. Raises OSError if it has none yet, as some network file systems."""
+    """Return bytes of a file. Raises OSError if a network file system does not have them yet."""
     with naming(path), open(path, "rb") as file:
         if start:
             file.seek(start)
@@ -146,12 +146,12 @@ CONFIG_NAME, CONFIG_PATTERN = "config.json", "config*.json"
 PARAMS_NAME = "params.json"  # Mistral's own.
 NVIDIA_CONFIG_NAME, SIDECAR_NAME = "hf_quant_config.json", "quantization_config.json"
 TOOL_FOLDERS = {".git", ".cache", "lost+found"}
-ADAPTER = "adapter_model*"  # Of peft, beside the model's shards.
+ADAPTER = "adapter_model*"  # PEFT saves adapters so, also beside a model.
 OTHER_SETS = ["consolidated*", "original"]  # The same weights a second time, under other names.
-# Files that a download leaves beside a file until it is whole (aria2, browsers, curl, hub clients).
+# Suffixes of unfinished downloads, or of files beside them (aria2, browsers, curl, hub clients).
 UNFINISHED = [".aria2", ".part", ".crdownload", ".incomplete"]
 NUMBERED = re.compile(r"(.*)-(\d{5,6})-of-(\d{5,6})(.*)\.safetensors", re.DOTALL)
-HEADER_LIMIT = 100_000_000  # Bytes, from safetensors; an index lists no more than headers do.
+HEADER_LIMIT = 100_000_000  # Bytes, as in safetensors; no index needs more.
 CONFIG_LIMIT = 10_000_000  # Bytes, far more than any model needs.
 # Bits of an element, in the order in which safetensors' own writer lays out tensors: larger
 # elements first, so that every tensor is aligned to its element size.
@@ -165,8 +165,8 @@ DTYPE_BITS = {
 class Tensor(NamedTuple):
     """A tensor on disk: dtype as safetensors spells it, bytes [start, stop) of the file at path.
 
-    For a planned output, path is relative to the output. emptied: --delete-source has cut the file
-    behind its header, so that the bytes are gone.
+    For a planned output, path is relative to the output. emptied: --delete-source has truncated the
+    file to its header, so the bytes are gone.
     """
 
     name: str
@@ -199,8 +199,8 @@ class Tensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The shards of one folder, by name from there, with their metadata; all tensors by name; and
-    the JSON files that are there.
+    """What one folder holds: the metadata of each shard, by its path from there; all tensors, by
+    name; and the JSON files, by name.
     """
 
     root: Path
@@ -211,11 +211,11 @@ class Checkpoint:
 
 
 def is_plain(path: Path, root: Path) -> bool:
-    """Return whether a path is a file of the checkpoint, not a pipe or a link out of it.
+    """Return whether a path is a regular file of the checkpoint, not a link out of it.
 
     A link may lead to a private file, which must not end up in an output that gets published. The
-    Hugging Face hub keeps the files of a snapshot as links to `blobs/HASH`, wherever that is
-    mounted: those count.
+    Hugging Face cache keeps the files of a snapshot as links to `blobs/HASH`, wherever that is
+    mounted; such links are accepted.
     """
     root, target = root.resolve(), path.resolve()
     blobs = [p.parent / "blobs" for p in root.parents
@@ -231,7 +231,7 @@ def is_like(name: str, patterns: Iterable[str]) -> bool:
 
 
 def walk(value) -> Iterator[tuple[str, object]]:
-    """Yield every key of a JSON value with what stands there, at any depth."""
+    """Yield every key of the objects in a JSON value with its value, at any depth."""
     queue = [value]
     while queue:
         value = queue.pop()
@@ -248,7 +248,7 @@ def refuse_pointer(path: Path, start: bytes) -> None:
 
 
 def parse_json(path: Path, text: bytes) -> dict:
-    """Return the JSON object that is the text of a file, or of a part of it."""
+    """Parse text from a file as a JSON object. Raises CheckpointError if it is not one."""
 
     def unique(pairs):
         value = dict(pairs)
@@ -273,10 +273,10 @@ def parse_json(path: Path, text: bytes) -> dict:
 
 
 def read_json(path: Path, root: Path) -> dict | None:
-    """Return the JSON object in a file of a checkpoint, None where there is no such file."""
+    """Return the JSON object in a file of a checkpoint, or None if there is no such file."""
     try:
         path.lstat()
-    except (FileNotFoundError, NotADirectoryError):  # Nothing else means that it is not there.
+    except (FileNotFoundError, NotADirectoryError):  # No other error means that it is absent.
         return None
     if not is_plain(path, root):
         where = "a link to nothing" if path.is_symlink() and not path.exists() else (
@@ -291,7 +291,7 @@ def read_json(path: Path, root: Path) -> dict | None:
 
 def read_entries(path: Path, header: dict, begin: int, end: int,
                  source: bool) -> tuple[dict[str, str], list[Tensor]]:
-    """Return what a header says. Raises an error where the data is not all of [begin, end)."""
+    """Return a header's metadata and tensors. Raises an error unless they fill [begin, end)."""
     metadata = header.pop("__metadata__", None)
     metadata, emptied = {} if metadata is None else metadata, source and begin == end
     if not all(isinstance(text, str) for text in metadata.values()):
@@ -317,8 +317,8 @@ def read_entries(path: Path, header: dict, begin: int, end: int,
 
 def read_header(path: Path, source: bool = False) -> tuple[dict[str, str], list[Tensor]]:
     """Return a shard's metadata and its tensors, by the rules of huggingface/safetensors,
-    safetensors/src/tensor.rs. The data is neither read nor mapped, and that of a source may be
-    gone: see --delete-source.
+    safetensors/src/tensor.rs. The data is neither read nor mapped. That of a `source` may be gone:
+    --delete-source removes it.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the download is incomplete")
@@ -338,7 +338,7 @@ def read_header(path: Path, source: bool = False) -> tuple[dict[str, str], list[
 
 
 def find_index(root: Path) -> str:
-    """Return the name of the index: that of a model, or the only one that another library wrote."""
+    """Return the name of the model's index, or of the only one under another name."""
     names = sorted(path.name for path in root.glob(INDEX_PATTERN) if path.name[0] != ".")
     others = [name for name in names if not is_like(name, OTHER_SETS)]
     if INDEX_NAME not in names and len(others) > 1:
@@ -352,7 +352,7 @@ def find_shards(root: Path, index_name: str, index: dict | None) -> list[str]:
     if index is None:
         shards = sorted(path.name for path in root.glob("*.safetensors") if path.name[0] != ".")
         # Mistral's repositories hold the same weights a second time, under names of their own.
-        # An adapter belongs to no index: llama.cpp would take what that names for the model's.
+        # An adapter must not get into an index: llama.cpp would load it as part of the model.
         shards = [name for name in shards if not is_like(name, [*OTHER_SETS, ADAPTER])] or shards
         if strange := [name for name in shards if not name.isprintable()]:
             raise CheckpointError(f"{root}: holds a shard called {strange[0]!r}; rename it")
@@ -369,7 +369,7 @@ def find_shards(root: Path, index_name: str, index: dict | None) -> list[str]:
 
 
 def check_whole(root: Path, shards: list[str]) -> None:
-    """Raise CheckpointError where names of shards or files beside them tell of a partial download.
+    """Raise CheckpointError if a numbered shard is missing or a download is unfinished.
 
     The hub's client keeps unfinished files in .cache/huggingface/download (huggingface_hub
     _local_folder.py), under their names or hashes of those.
@@ -401,7 +401,7 @@ def check_whole(root: Path, shards: list[str]) -> None:
 
 
 def choose(rivals: list[Tensor], root: Path, weight_map: dict) -> Tensor:
-    """Return the one of several tensors of a name that the index means; raise if it means none."""
+    """Return the one of several tensors of the same name that the index names, or raise."""
     meant = root / str(weight_map.get(rivals[0].name))
     for tensor in rivals:
         if tensor.path == meant:
@@ -415,9 +415,10 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
     """Read the index, the configs and all headers of a checkpoint, and check that they agree.
 
     The headers are authoritative. The index decides which shards belong to the checkpoint and, if
-    two of them hold a tensor of the same name, which one counts. Of an output, all shards in the
-    folder belong to it, those `planned` in folders below, too, but not the files that are `copied`;
-    an index that lists missing tensors is not an error.
+    two of them hold a tensor of the same name, which one counts. For an output, whose shards are
+    `planned`, it may list missing tensors, and does not decide which shards belong: all those in
+    the folder do, except files that are `copied`, and planned ones in folders below. top: the
+    folder that no link may leave.
     """
     index_name = find_index(root)
     names = [index_name, PARAMS_NAME, NVIDIA_CONFIG_NAME]
@@ -454,7 +455,7 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
 
 @contextmanager
 def advising_move(root: Path, folder: Path):
-    """Add to a CheckpointError about a folder below the root that it may be moved out."""
+    """Add to a CheckpointError about a folder below the root that moving it out helps, too."""
     try:
         yield
     except CheckpointError as error:
@@ -463,16 +464,16 @@ def advising_move(root: Path, folder: Path):
 
 
 def skip_unreadable(error: OSError) -> None:
-    """Let os.walk skip a folder that may not be read, and only such."""
+    """Let os.walk skip a folder that may not be read; raise any other error."""
     if not isinstance(error, PermissionError):
         raise error
 
 
 def find_checkpoints(root: Path) -> tuple[list[Checkpoint], list[str]]:
-    """Return the checkpoints in a folder and below it, its own first, and what is no part of them.
+    """Return the checkpoints in a folder and below it, its own first, and the folders left out.
 
-    A draft model or the parts of a pipeline stand in folders of their own; each that holds shards
-    is a checkpoint. What is named as another set of the same weights is left out.
+    A draft model or the parts of a pipeline have folders of their own; each folder with shards is a
+    checkpoint. Folders named like another set of the same weights are left out.
     """
     if not root.is_dir() or not os.access(root, os.R_OK | os.X_OK):
         hint = "give the checkpoint's"
@@ -492,7 +493,7 @@ def find_checkpoints(root: Path) -> tuple[list[Checkpoint], list[str]]:
         shards = {str(place / name) for name in names if name[0] != "."
                   and (name.endswith(".safetensors") or fnmatch.fnmatchcase(name, INDEX_PATTERN))}
         if place != Path() and (not shards or shards & taken):
-            continue  # What an index does not name there is judged with what stands beside shards.
+            continue  # is_adapter judges shards there that no index names.
         with advising_move(root, place):
             checkpoint = load_checkpoint(root / place, top=root)
         taken |= {str(place / name) for name in checkpoint.shards}
@@ -510,12 +511,12 @@ def words(text: str) -> frozenset[str]:
 
 
 F8, SMALL_FLOATS = words("F8_E4M3 F8_E5M2"), words("F8_E4M3")
-FLOATS, EXPONENTS = words("F32 BF16 F16"), words("F8_E8M0 U8")  # U8: 2 ** (byte - 127), too
+FLOATS, EXPONENTS = words("F32 BF16 F16"), words("F8_E8M0 U8")  # U8 is 2 ** (byte - 127), too.
 SEMANTICS = "weight_scale_semantics"  # The only key that can say that an FP8 scale divides.
-# NVIDIA/Model-Optimizer torch/export: the second name is that of experts which the model fuses.
+# NVIDIA/Model-Optimizer torch/export: fused experts have the second name.
 MODELOPT, MODELOPT_GLOBAL = "{}_scale {}_weight_scale", "{}_scale_2 {}_weight_scale_2"
-# Tensors beside any quantized weight that are dropped with it: scales of activations, notes, and
-# zero points, which must be zero, and group indices, which must be in order.
+# Tensors that are dropped with the quantized weight beside which they stand: scales of activations,
+# notes, zero points (which must be zero), and group indices (which must be in order).
 SIDES = words(
     "input_scale output_scale activation_scale act_scale input_scale_ub input_scale_2 scale_input "
     "input_zero_point output_zero_point qscale_act comfy_quant "
@@ -531,14 +532,14 @@ class Format(NamedTuple):
 
     - containers, scale_dtypes: dtypes as safetensors spells them.
     - number_format: a key of kernel.FORMATS; if empty, the dtype of the codes determines it.
-    - methods: the values of quant_method whose loaders read the tensors so; "" where the config
+    - methods: the values of quant_method whose loaders read the tensors this way; "" if the config
       names none. FP8 has one meaning, so for it they only decide between two scales; bytes and
-      integers are converted under these methods alone.
-    - weight, scale, global_scale: a name, or alternatives separated by spaces, of which the scales
-      belong together.
-      The global scale multiplies the scales, or `divides` them; FP8 may do without it. inverse: the
-      scale divides the codes.
-    - groups: columns that share a scale, where the format fixes them; 0 for all of a row.
+      integers are converted under these methods only.
+    - weight, scale, global_scale: a name, or alternatives separated by spaces; those of the two
+      scales are pairs.
+      The global scale multiplies the scales, or `divides` them; for FP8 it is optional. inverse:
+      the scale divides the codes.
+    - groups: how many columns may share a scale, if the format fixes that; 0 for whole rows.
     - stacked: the scales of all experts are one tensor, although the weights are not.
     - transposed: the weight is stored transposed, so that scales of rows apply to columns.
     - sides: what else is dropped with the weight, besides SIDES.
@@ -655,10 +656,10 @@ FORMATS = [
     Format("Kimi-K2-Thinking, compressed-tensors INT4", "{}_packed", "{}_scale", words("I32"),
            FLOATS, "UINT4B8", words("compressed-tensors"), sides=words("{}_shape")),
 ]
-PLAIN_CAST = Format("plain FP8 cast", "{}", "")  # no scale: the policy of --missing-scale
+PLAIN_CAST = Format("plain FP8 cast", "{}", "")  # Has no scale; see --missing-scale.
 KNOWN_METHODS = words("fp8 mistral").union([""], *(row.methods for row in FORMATS))
 CONTAINERS = frozenset().union(*(row.containers for row in FORMATS))
-# What else a config may say of bytes and integers under a method, by key. With other values the
+# What other keys of a config may say under a method, for bytes and integers. With other values the
 # same tensors mean something else: vllm-project/compressed-tensors config/base.py; amd/Quark 0.13;
 # intel/auto-round 0.16.
 ACCEPTED = {
@@ -676,11 +677,11 @@ OTHER_TOOL = "dequantize this checkpoint with the tool that made it"
 # Keys of a config, at any depth, or of a shard's metadata that mark the weights as quantized.
 QUANTIZATION_KEYS = ["quantization_config", "compression_config", "_quantization_metadata",
                      "expert_dtype", "moe_quant_algo"]
-UNKNOWN_METHODS = "quantization_bit", "quant_type", "dfloat11_config"  # keys of config.json itself
+UNKNOWN_METHODS = "quantization_bit", "quant_type", "dfloat11_config"  # Keys of config.json.
 # Quark's, auto-round's, SDNQ's and ComfyUI's keys; what Quark rotates offline (r1, r2) needs
 # nothing.
 ROTATIONS = words("rotation_config hadamard_config use_hadamard online_r1_rotation r3 r4 convrot")
-BLOCK_SIZES_LIMIT = 64  # A config may name so many block sizes.
+BLOCK_SIZES_LIMIT = 64  # Any more that a config names are ignored.
 SMALL_LIMIT = 16 << 20  # Bytes of a tensor that planning reads: zero points, group indices, notes.
 
 
@@ -707,7 +708,7 @@ class Evidence:
 
 
 def contradiction(key: str, value) -> str | None:
-    """Return why weights mean something else than their names and dtypes say, from a config."""
+    """Return why weights are not what names and dtypes say, from an entry of a config, or None."""
     match key, value:
         case "location", str() if not value.startswith("weight_"):
             return "transform_config changes activations at run time"
@@ -787,7 +788,7 @@ def read_int4_groups(sections: list) -> tuple[int, ...]:
 
 
 def read_evidence(checkpoint: Checkpoint) -> Evidence:
-    """Collect what configs and notes say. Raises CheckpointError for what nobody can undo."""
+    """Collect what configs and notes say. Raises CheckpointError for what cannot be undone."""
     config = checkpoint.files.get(CONFIG_NAME, {})
     sections = [value for key, value in walk(config) if key in QUANTIZATION_KEYS]
     sections += [checkpoint.files.get(SIDECAR_NAME), *read_notes(checkpoint)]
@@ -824,7 +825,7 @@ def read_integers(tensor: Tensor) -> list[int]:
 # grids: which scale belongs to which element
 
 BLOCK_SIZES = (16, 32, 64, 128, 256, 1)  # Seen in formats, for one axis each.
-EXACT_BLOCKS = ((1, 32), (1, 16), (1, 128))  # May stand beside the blocks that a config names.
+EXACT_BLOCKS = ((1, 32), (1, 16), (1, 128))  # May occur besides the blocks that a config names.
 MAX_SLICES = 1024  # Tensor-parallel ranks that a fused weight may have been made for.
 
 
@@ -843,7 +844,7 @@ def spellings(E: int, n: int, k: int, rows: int, cols: int) -> set[tuple[int, ..
 def find_grids(shape: tuple[int, ...], scale_shape: tuple[int, ...],
                block_sizes: tuple[tuple[int, int], ...] = (), groups: tuple[int, ...] = (),
                transposed: bool = False, fused: bool = False) -> list[Grid]:
-    """Return the grids by which scales of one shape may cover a weight of another; one is right.
+    """Return the grids by which scales of one shape can cover a weight of another shape.
 
     A weight is E experts of N rows and K columns; a matrix has E = 1. The first tier that fits
     counts: one scale for all; per row, column or expert; one of block_sizes; a block size out of
@@ -851,7 +852,7 @@ def find_grids(shape: tuple[int, ...], scale_shape: tuple[int, ...],
     are blocks of 128, the second cut off, not blocks of 96. Per-row scales of a `transposed` weight
     belong to its columns. The rows of a `fused` weight may consist of equal slices, one for each
     tensor-parallel rank, and blocks start anew in each. If block_sizes are given and none fits,
-    only EXACT_BLOCKS are tried. `groups` of columns, 0 for whole rows, exclude all else.
+    only EXACT_BLOCKS are tried. With `groups` of columns, 0 for whole rows, only these are tried.
     """
     if len(shape) > 3:  # a convolution: its scales are per tensor or per row
         shape = (shape[0], math.prod(shape[1:]))
@@ -883,7 +884,7 @@ def find_grids(shape: tuple[int, ...], scale_shape: tuple[int, ...],
 
 def explain_misfit(shape: tuple[int, ...], scale_shape: tuple[int, ...],
                    block_sizes: tuple[tuple[int, int], ...]) -> str:
-    """Return what is special about scales that fit no grid of a weight, for an error message."""
+    """Return what may explain that scales fit no grid of a weight, for an error message."""
     rows, cols, text = math.prod(shape[:-1]), math.prod(shape[-1:]), ""
     if block_sizes:
         blocks, wanted = block_sizes[0], [*map(ceil_div, (1, 1, *shape)[-2:], block_sizes[0])]
@@ -930,7 +931,7 @@ class Match(NamedTuple):
 
 
 def plain_cast(weight: Tensor) -> Quantization:
-    """Return how an FP8 weight is read that has no scale: as if it were 1."""
+    """Return how an FP8 weight without a scale is read: as if its scale were 1."""
     (grid,) = find_grids(weight.shape, ())
     return Quantization(PLAIN_CAST, weight.dtype.removeprefix("F8_"), weight.name, weight.shape,
                         None, grid, packed_cols=grid.cols)
@@ -938,7 +939,7 @@ def plain_cast(weight: Tensor) -> Quantization:
 
 @functools.cache  # Thousands of weights share a few endings of names.
 def rows_for(dtype: str, ending: str) -> list[tuple[Format, int, str, str, str]]:
-    """Return the rows that store a tensor of this dtype under a name that ends so.
+    """Return the rows that store a tensor of this dtype under a name with this ending.
 
     Each comes with the length of the row's own part of the name, the stem, and the names of the
     scale and the global scale.
@@ -956,7 +957,7 @@ def rows_for(dtype: str, ending: str) -> list[tuple[Format, int, str, str, str]]
     return found
 
 
-def counts(row: Format, evidence: Evidence) -> bool:
+def applies(row: Format, evidence: Evidence) -> bool:
     """Return whether what the configs say lets a row apply."""
     facts = evidence.facts
     if row.requires and row.requires[1] not in facts.get(row.requires[0], ()):
@@ -981,7 +982,7 @@ def find_matches(weight: Tensor, checkpoint: Checkpoint, evidence: Evidence) -> 
         global_scale = tensors.get(head + second) if second else None
         if second and not global_scale and weight.dtype not in F8:
             continue
-        if counts(row, evidence) and not (global_scale and global_scale.dtype not in FLOATS):
+        if applies(row, evidence) and not (global_scale and global_scale.dtype not in FLOATS):
             found[scale.name] = Match(row, head, stem, scale, global_scale)
     if len(found) < 2:
         return [*found.values()]
@@ -997,7 +998,7 @@ def shape_of(weight: Tensor, match: Match, number_format: str, checkpoint: Check
     """Return the shape of a weight's values, and how many codes a row of a packed one has."""
     if kernel.FORMATS[number_format].codes_per_byte == 1:
         return weight.shape, 0
-    if weight.dtype == "F4":  # whose shape safetensors counts in elements
+    if weight.dtype == "F4":  # safetensors gives its shape in elements.
         return weight.shape, math.prod(weight.shape[-1:])
     packed_cols = (8 if weight.dtype == "I32" else 2) * math.prod(weight.shape[-1:])
     if weight.dtype != "I32":
@@ -1006,7 +1007,7 @@ def shape_of(weight: Tensor, match: Match, number_format: str, checkpoint: Check
         raise weight.error(f"is packed, and {CONFIG_NAME} does not say that all such weights are "
                            "symmetric with num_bits 4 (others have zero points, or fit the same "
                            "shapes)")
-    # Rows fill whole int32, so how long they are stands beside them.
+    # Rows are padded to whole int32; a tensor beside the weight holds the true shape.
     stored = checkpoint.tensors.get(f"{match.head}{match.stem}_shape")
     if stored is None:
         raise weight.error("has no weight_shape beside it")
@@ -1030,7 +1031,7 @@ def place_in_stack(weight: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]
 
 
 def fits_stack(scale: Tensor | None, row: Format, grid: Grid, shape: tuple[int, ...]) -> bool:
-    """Return whether global scales are one, one per expert, or ModelOpt's two, for gate and up."""
+    """Return whether there is one global scale, one per expert, or ModelOpt's two (gate and up)."""
     experts = grid.rows // grid.slab_rows
     halves = row.global_scale == MODELOPT_GLOBAL and experts > 1 and shape[-2] % 2 == 0
     return scale is None or math.prod(scale.shape) in (1, experts) or (
@@ -1067,7 +1068,7 @@ def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
 # account: every tensor that takes part in a quantization is known
 
 INTEGERS = words("I8 U8 I16 U16 I32 U32")  # I64, U64 and BOOL never hold codes.
-# What is never copied: only a quantized weight has a use for it. FNUZ bits mean other values.
+# Never copied: only quantized weights have these dtypes. FNUZ bits mean other values.
 STRANGE_DTYPES = words("F4 F6_E2M3 F6_E3M2 F8_E4M3FNUZ F8_E5M2FNUZ F8_E8M0")
 # May stand beside any weight and are copied; `scale` only if it is not the weight's own scale.
 PARAMETERS = words("bias e_score_correction_bias correction_bias expert_bias scale tid2eid "
@@ -1111,18 +1112,19 @@ class Reading:
     missing: list[Tensor]
 
 
-def match(checkpoint: Checkpoint,
-          evidence: Evidence) -> tuple[dict[str, Quantization], dict[str, Tensor]]:
+def match_weights(checkpoint: Checkpoint,
+                  evidence: Evidence) -> tuple[dict[str, Quantization], dict[str, Tensor]]:
     """Return the weights that match a row, by name, and all their scales."""
     weights, scales = {}, {}
     for tensor in checkpoint.tensors.values():
         found = find_matches(tensor, checkpoint, evidence) if tensor.dtype in CONTAINERS else ()
-        for first in found[:1]:
-            weights[tensor.name] = quantize(tensor, first, checkpoint, evidence)
-            used = [first.scale, first.global_scale]
-            # A rival may be a parameter that is only called `scale`.
-            used += [rival.scale for rival in found[1:] if "weight" in rival.scale.leaf]
-            scales.update((scale.name, scale) for scale in used if scale)
+        if not found:
+            continue
+        weights[tensor.name] = quantize(tensor, found[0], checkpoint, evidence)
+        used = [found[0].scale, found[0].global_scale]
+        # A rival may be a parameter that is only called `scale`.
+        used += [rival.scale for rival in found[1:] if "weight" in rival.scale.leaf]
+        scales.update((scale.name, scale) for scale in used if scale)
     for name in weights.keys() & scales.keys():
         raise scales[name].error("is the scale of a weight and has a scale itself; no known format "
                                  "stores them so")
@@ -1137,7 +1139,7 @@ def require_zero(tensor: Tensor, zero: bytes) -> None:
 def find_cache_scales(tensors: dict[str, Tensor], evidence: Evidence) -> dict[str, Tensor]:
     """Return what serves a quantized key-value cache: one scale, or one for each head.
 
-    A parameter may be called so, too (lucidrains/local-attention has a q_scale as long as a head).
+    Parameters may be called so, too (lucidrains/local-attention has a q_scale as long as a head).
     """
     found = {}
     for name, tensor in tensors.items():
@@ -1159,7 +1161,7 @@ def side_names(row: Format, stem: str) -> frozenset[str]:
     sides = SIDES | row.sides
     own = {side.replace("{}", stem) for side in sides if "{}" in side}
     own |= {prefix + side for prefix in prefixes for side in sides if "{}" not in side}
-    return frozenset(own | {f"_{side}" for side in own})  # torchao begins its names so
+    return frozenset(own | {f"_{side}" for side in own})  # torchao's names begin with _.
 
 
 def words_of(name: str) -> list[str]:
@@ -1210,7 +1212,7 @@ def is_side(tensor: Tensor, weight: Tensor, quantization: Quantization) -> bool:
 
 
 def bases_of(name: str, known: frozenset[str], needed: frozenset[str]) -> Iterator[str]:
-    """Yield what is left of a name without known words at its end, of which one is needed."""
+    """Yield a name without the last few words, all of them known and one of them needed."""
     found = False
     while name:
         name = name.rstrip("._")
@@ -1273,8 +1275,8 @@ def judge_rest(rest: list[Tensor], evidence: Evidence) -> tuple[list[Tensor], li
 def read_formats(checkpoint: Checkpoint) -> Reading:
     """Recognize every quantized weight. Raises CheckpointError where anything is not known.
 
-    Of the data nothing is read but zero points, orders of groups, shapes of INT4 weights and
-    ComfyUI's notes.
+    The only data it reads are zero points, orders of groups, shapes of INT4 weights and ComfyUI's
+    notes.
     """
     for name in checkpoint.shards:
         if re.fullmatch(r"model(\d+-mp\d+|-rank-\d+-part-\d+)\.safetensors", name):
@@ -1282,7 +1284,7 @@ def read_formats(checkpoint: Checkpoint) -> Reading:
                                   "tensor-parallel ranks load; convert the checkpoint that they "
                                   "were cut from")
     tensors, evidence = checkpoint.tensors, read_evidence(checkpoint)
-    weights, dropped = match(checkpoint, evidence)
+    weights, dropped = match_weights(checkpoint, evidence)
     if weights or evidence.methods != {""} or any(t.dtype in F8 for t in tensors.values()):
         dropped |= find_cache_scales(tensors, evidence)
     beside, outputs, rest = {}, set(tensors), []
@@ -1427,7 +1429,7 @@ def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
     scale 1, or raise an "error". Raises CheckpointError where the rules do not decide.
     """
     checkpoints, others = find_checkpoints(root)
-    parts, whole = [], set()  # whole: all that the folder itself gives
+    parts, whole = [], set()  # whole: the tensors of the root itself
     for checkpoint in checkpoints:
         folder = checkpoint.root.relative_to(root)
         if any(folder.is_relative_to(other) for other in others):
@@ -1458,7 +1460,7 @@ def make_plan(root: Path, missing_scale: str = "keep") -> Plan:
 
 
 class Ranks(NamedTuple):
-    """Which of several processes this is, in all and on this machine."""
+    """Which of how many processes this is, in all and on this machine."""
 
     rank: int = 0
     count: int = 1
@@ -1491,9 +1493,9 @@ PAGE = 4096  # The alignment that direct I/O asks of offsets, lengths and memory
 OPEN_FILES = 8  # A worker holds at most so many files open: its shard and those of scales.
 NONFINITE = ["NaN", "infinite"]
 PHASES = ["reading", "decoding", "writing", "syncing"]
-TELL = 30  # Seconds between lines about what goes on, where there is no progress bar.
+TELL = 30  # Seconds between lines of progress, where there is no bar.
 
-# What torch calls the dtypes that tensors of an output and scales may have.
+# The names in torch of dtypes that outputs and scales may have.
 TORCH_NAMES = {
     "U64": "uint64", "I64": "int64", "F64": "float64", "C64": "complex64", "F32": "float32",
     "U32": "uint32", "I32": "int32", "BF16": "bfloat16", "F16": "float16", "U16": "uint16",
@@ -1519,12 +1521,12 @@ def page_aligned(size: int, pinned: bool) -> torch.Tensor:
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
     memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
-    memory.owner = tensor  # lives as long as the view
+    memory.owner = tensor  # Keeps the tensor alive as long as the view.
     return memoryview(memory).cast("B")
 
 
 def open_raw(path: Path, mode: str, flags: int = 0):
-    """Open a file without a buffer of Python's, with flags of the system."""
+    """Open a file without Python's buffering, with more flags for os.open."""
     return open(path, mode, 0, opener=lambda name, own: os.open(name, own | flags, 0o666))
 
 
@@ -1549,7 +1551,7 @@ class Worker:
         self.seconds[phase] += time.perf_counter() - began
 
     def scratch(self, name: str, size: int) -> torch.Tensor:
-        """Return memory that is used again, since new memory costs more than filling it."""
+        """Return memory that is reused, because getting new memory costs more than filling it."""
         if len(self.memory.get(name, ())) < size:
             self.memory[name] = page_aligned(in_pages(size), self.stream is not None)
         return self.memory[name][:size]
@@ -1563,13 +1565,13 @@ class Worker:
                 self.files[path] = open_raw(path, "rb", self.direct)
             file, before = self.files[path], start % PAGE if self.direct else 0
             done, end, memory = 0, before + len(into), into
-            if self.direct:  # Whole pages, of which the last may lie behind the end of the file.
+            if self.direct:  # Whole pages; the last may reach past the end of the file.
                 memory = self.scratch("pages", in_pages(end))
             view = as_bytes(memory)
             file.seek(start - before)
             while done < end:
                 size = file.readinto(view[done:])
-                if size is None:  # as some network file systems do
+                if size is None:  # Some network file systems do this.
                     raise BlockingIOError(errno.EAGAIN, "the file system has no data yet")
                 if not size:
                     raise CheckpointError(f"{path}: ends at byte {path.stat().st_size}; it was cut")
@@ -1777,9 +1779,9 @@ def read_ahead(chosen: list[tuple[Shard, Step]], pool: list[Worker],
                     pending.popleft()
                     submit(worker)
             dtype = getattr(torch, TORCH_NAMES[output.dtype])
-            torch.set_num_threads(threads)  # begin_thread sets it for all threads to come.
+            torch.set_num_threads(threads)  # begin_thread has set it for new threads, too.
             yield output.name, data.view(dtype).view(output.shape)
-            del data  # Before the next takes memory, if the caller has let go of it, too.
+            del data  # Frees the memory before the next takes any, if the caller has let go.
     finally:
         executor.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
@@ -1861,7 +1863,7 @@ def describe(quantization: Quantization | None) -> tuple:
 
 
 def fingerprint_of(shard: Shard, worker: Worker) -> str:
-    """Return 16 hex digits that tell an input shard from others with the same header.
+    """Return 16 hex digits that tell from what data an output shard is made, and how.
 
     They depend on how every tensor is read and on three whole pages of each that goes into the
     shard: first, middle and last. A fine-tune may leave 98% of the codes as they were.
@@ -1888,9 +1890,10 @@ def holds(shard: Shard, path: Path) -> bool:
 
 
 def is_done(shard: Shard, root: Path, worker: Worker) -> bool:
-    """Return whether a file of this name, size and header, fingerprint included, is in a folder.
+    """Return whether a folder holds a shard with the planned size and header and its fingerprint.
 
-    If its source has been emptied, it has been verified before, by whatever version.
+    If an input shard of it has been emptied, it was proven before that, and the same tensors are
+    enough, whatever version wrote them.
     """
     path = root / shard.name
     if shard.emptied:
@@ -1942,7 +1945,7 @@ class Output:
                 with worker.timed("syncing"):
                     sync(self.path)
                 os.replace(self.path, self.final)
-        except FileNotFoundError:  # Another job with the same input has given it its name?
+        except FileNotFoundError:  # Has another job with the same input finished it?
             if not is_done(self.shard, self.root, worker):
                 raise
         return stop - start
@@ -1977,7 +1980,7 @@ PLAUSIBLE = 1e-6, 4.0  # Root mean squares of weights.
 PLAUSIBLE_CAST = 1e-6, 32.0  # Embeddings, norms, and plain casts, which hold both.
 SAMPLED_WEIGHTS, SAMPLED_BYTES = 5, 64 << 10
 REFERENCE_PIECE = 1 << 18  # Elements that a worker compares at once.
-CASTS = TORCH_NAMES | {  # of number formats, too, and scales: U8 are exponents
+CASTS = TORCH_NAMES | {  # Of number formats, too. Scales of U8 are exponents.
     "E4M3": "float8_e4m3fn", "E5M2": "float8_e5m2", "INT8": "int8", "U8": "float8_e8m0fnu"}
 NIBBLES = {  # What each of 16 codes means.
     "E2M1": [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6],
@@ -2012,7 +2015,7 @@ def sample(step: Step, worker: Worker) -> tuple[float, bool]:
         return 0.0, False
     count = min(total, SAMPLED_BYTES * kernel.FORMATS[reading.number_format].codes_per_byte)
     start = (total - count) // 2
-    start -= start % cols if cols <= count else 0  # so that the piece is of whole rows
+    start -= start % cols if cols <= count else 0  # The piece is whole rows.
     row, col, M, N = next(pieces(start, start + count, cols, count))
     region = reading.grid.scale_region(reading.first_row + row, col, M, N)
     out = torch.empty(M * N, dtype=torch.bfloat16)
@@ -2022,7 +2025,7 @@ def sample(step: Step, worker: Worker) -> tuple[float, bool]:
 
 
 def find_implausible(planned: Iterable[Step]) -> list[str]:
-    """Return a line for each kind of weight whose sampled values are not those of a weight.
+    """Return a line for each kind of weight whose sampled values are implausible.
 
     A misread format (an inverse scale that is multiplied, exponents read as numbers, a divisor used
     as a factor) is wrong by orders of magnitude, in every weight of its kind. What this cannot see:
@@ -2058,7 +2061,7 @@ def find_implausible(planned: Iterable[Step]) -> list[str]:
 
 
 def differences(got: dict[str, str], expected: dict[str, str], where: str = "") -> Iterator[str]:
-    """Yield a line for each key of which two mappings hold something else."""
+    """Yield a line for each key whose values differ between two mappings."""
     for key in dict.fromkeys([*expected, *got]):
         if got.get(key) != expected.get(key):
             yield (f"{where}{key} is {got.get(key, 'missing')[:200]}, expected "
@@ -2066,7 +2069,7 @@ def differences(got: dict[str, str], expected: dict[str, str], where: str = "") 
 
 
 def complete_index(index: dict, tensors: Iterable[Tensor], folder: Path) -> dict:
-    """Return an index with the paths of these tensors from a folder, and their size."""
+    """Return an index of these tensors: their paths from a folder and their total size."""
     meta, tensors = index.get("metadata"), sorted(tensors, key=lambda tensor: tensor.name)
     return index | {
         "metadata": {**(meta if isinstance(meta, dict) else {}),
@@ -2076,9 +2079,9 @@ def complete_index(index: dict, tensors: Iterable[Tensor], folder: Path) -> dict
 
 
 def flattened(value, place: str = "") -> dict[str, str]:
-    """Return what stands in a config, as JSON by its path.
+    """Return the values in a config as JSON texts, by their dotted paths.
 
-    The dtype may go by either name, and which transformers wrote the config does not matter.
+    The dtype may have either name; the version of transformers is left out.
     """
     if not isinstance(value, dict):
         return {place: json.dumps(value, sort_keys=True)}
@@ -2111,7 +2114,7 @@ def differing_texts(result: Checkpoint, part: Part, side: SideFiles) -> Iterator
 def compare_headers(part: Part, out: Path,
                     side: SideFiles) -> tuple[list[str], list[tuple[Shard, Step, Tensor]]]:
     """Return what differs in names, dtypes, shapes and texts of a folder, and the planned tensors
-    that do not, each with its shard and what is there.
+    that do not differ, each with its shard and the tensor that is there.
     """
     names = [Path(shard.name).relative_to(part.folder).as_posix() for shard in part.shards]
     folder, broken, lines = out / part.folder, [], []
@@ -2225,7 +2228,7 @@ def compare_piece(step: Step, tensor: Tensor, row: int, col: int, M: int, N: int
 
 def compare_values(steps: list[tuple[Shard, Step, Tensor]], out: Path, pool: list[Worker],
                    quiet: bool) -> dict[tuple[str, Tensor], tuple[int, str, str]]:
-    """Return the first difference in each tensor of an output that has any, by its shard and it."""
+    """Return the first difference in each tensor that has one, by shard name and tensor."""
     first, lock = {}, threading.Lock()
 
     def compare(worker: Worker, shard: Shard, step: Step, tensor: Tensor, *piece: int) -> int:
@@ -2282,7 +2285,7 @@ def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
         lines.append(f"{shard}: {tensor.name}: element {[at.item() for at in place]} is {value}, "
                      f"expected {wanted}")
         damaged[shard] = None
-    if damaged:  # Beside no shard of ours, what differs would be taken for somebody else's.
+    if damaged:  # Without them, files that differ would be taken for somebody else's.
         damaged |= {name: None for name, text in side.texts.items() if (out / name).is_file()
                     and (out / name).read_bytes() != text.encode()}
     return lines, [*damaged]
@@ -2302,12 +2305,13 @@ UNWANTED = ["*.safetensors", INDEX_PATTERN, "pytorch_model*", "*.pth", "*.pt", "
             ".*.json.??????", *OTHER_SETS, *(f"*{ending}" for ending in UNFINISHED)]
 IGNORED = ["._*", ".DS_Store"]  # macOS leaves these everywhere.
 RANKS_NAME = "fp8_cast_bf16.ranks"  # Holds the digest of the plan while ranks work.
-SIGNS = [CONFIG_NAME, PARAMS_NAME, INDEX_NAME, RANKS_NAME, *QUANTIZATION_FILES]  # of another state
+# They describe a whole or another output, so a run that has work to do removes them first.
+SIGNS = [CONFIG_NAME, PARAMS_NAME, INDEX_NAME, RANKS_NAME, *QUANTIZATION_FILES]
 
 
 @dataclass(frozen=True)
 class SideFiles:
-    """What stands beside the shards, by path from the root: files to copy, to leave, to edit."""
+    """The files beside the shards, by path from the root: to copy, to leave out, to write anew."""
 
     copied: list[str]
     left_out: list[str]
@@ -2339,7 +2343,7 @@ def is_adapter(path: Path, plan: Plan) -> bool:
 def belongs(path: Path, plan: Plan) -> bool:
     """Return whether a file beside the shards is to be copied.
 
-    Raises CheckpointError for one that would be missing in the output without a word.
+    Raises CheckpointError for one that would silently be missing in the output.
     """
     if path.is_symlink() and not is_plain(path, plan.root) and not path.name.startswith(".#"):
         raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, "
@@ -2482,7 +2486,7 @@ def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
 
 
 def existing(folder: Path) -> Path:
-    """Return the nearest folder above that exists."""
+    """Return the path itself if it exists, or else the nearest folder above that does."""
     folder = folder.absolute()
     while not os.path.lexists(folder):
         folder = folder.parent
@@ -2557,9 +2561,9 @@ def inspect_output(plan: Plan, out: Path, side: SideFiles, workers: int) -> Outp
 
 
 def lock(folder: Path, stack: ExitStack, must: bool = False) -> None:
-    """Keep other runs out of a folder until the stack ends, where the system knows locks.
+    """Keep other runs out of a folder until the stack ends, where the system has locks.
 
-    Raises CheckpointError if another run has it, or if nothing can be locked there but `must` be.
+    Raises CheckpointError if another run holds the lock, or if it cannot be had but `must` be.
     """
     if fcntl:
         number = os.open(folder, os.O_RDONLY)
@@ -2570,7 +2574,7 @@ def lock(folder: Path, stack: ExitStack, must: bool = False) -> None:
         except BlockingIOError as error:
             raise CheckpointError(f"{folder}: another run is writing there; let it end. Started "
                                   "several times? Start it once, or with torchrun") from error
-        except OSError:  # Some network file systems know no locks.
+        except OSError:  # Some network file systems have no locks.
             pass
     if must:
         raise CheckpointError(f"--delete-source: {folder}: cannot be locked")
@@ -2619,7 +2623,7 @@ PATIENCE, STALLED = 60, 1800  # Seconds to wait for rank 0's plan, and for any s
 
 
 def find_ranks() -> Ranks:
-    """Return which of torchrun's processes this is; a process that one of those started is none."""
+    """Return which of torchrun's processes this is; a process started by one of them is not one."""
     numbers = [os.environ.get(name, "")
                for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
     launched = "TORCHELASTIC_RUN_ID" in os.environ and all(map(str.isdecimal, numbers))
@@ -2644,7 +2648,7 @@ def digest_of(plan: Plan) -> str:
 
 def watch(look: Callable[[], object],
           waiting: Callable[[], str]) -> Iterator[tuple[object, float]]:
-    """Yield what can be seen again and again, and for how many seconds it has been the same."""
+    """Yield what `look` returns, again and again, and for how many seconds it has been the same."""
     told = since = time.monotonic()
     last = None
     while True:
@@ -2699,7 +2703,7 @@ def await_shards(shards: list[Shard], out: Path) -> None:
 
 # --- empty: input shards give way to their output once that is proven (--delete-source) ---
 
-WATCHED = WINDOW  # Bytes: a smaller shard tells nothing about the free space of a busy disk.
+WATCHED = WINDOW  # Bytes: less would not show in the free space of a busy disk.
 
 
 def find_takers(plan: Plan) -> dict[Path, set[str]]:
@@ -2736,12 +2740,12 @@ def header_size(path: Path) -> int:
 
 
 def data_on_disk(path: Path) -> int:
-    """Return how many bytes of the disk are freed when a shard is cut behind its header."""
+    """Return how many bytes of the disk become free when a shard is truncated to its header."""
     return max(0, getattr(path.stat(), "st_blocks", 0) * 512 - in_pages(header_size(path)))
 
 
 def peak_space(order: list[tuple[Shard, list[Path]]], state: OutputState) -> int:
-    """Return how many bytes more than now a run takes at most at any time."""
+    """Return how many bytes more than now a run takes at its peak."""
     now = peak = 0
     sides = state.needed
     for shard, paths in order:
@@ -2801,11 +2805,11 @@ def check_source(plan: Plan, options: Options, record: Report) -> dict[Path, tup
 
 
 def prove(shard: Shard, out: Path, pool: list[Worker]) -> None:
-    """Raise CheckpointError unless a shard of the output reads back from the disk as it should be.
+    """Raise CheckpointError unless an output shard reads back from the disk as the input gives it.
 
-    Tensors of which a source is emptied were proven before that; an output of the same headers may
-    have come in between, so the others are compared all the same. Workers that read directly see
-    what is on the disk; elsewhere, dropping the file from the page cache has to do.
+    Tensors whose input has been emptied were proven before that. The others are compared even if
+    they were, too: another output with the same headers may have taken this one's place. Workers
+    that read directly see what is on the disk; others do once the page cache has dropped the file.
     """
     path = out / shard.name
     for place in (path, *path.parents[: len(Path(shard.name).parents) + 1]):
@@ -2832,7 +2836,7 @@ def prove(shard: Shard, out: Path, pool: list[Worker]) -> None:
 
 
 def empty(path: Path, before: tuple[int, ...]) -> None:
-    """Cut an input shard behind its header, which a later run needs to plan again."""
+    """Truncate an input shard to its header, which a later run needs to plan again."""
     with naming(path), open_raw(path, "r+b") as file:
         if not stamp(path.lstat()) == stamp(os.fstat(file.fileno())) == before:
             raise CheckpointError(f"{path}: has been changed since the run began; it is left as it "
@@ -2842,7 +2846,7 @@ def empty(path: Path, before: tuple[int, ...]) -> None:
 
 
 def await_space(path: Path, out: Path, wanted: int) -> None:
-    """Return once so many bytes are free. Raises CheckpointError if that does not come to pass."""
+    """Return once so many bytes are free. Raises CheckpointError if they never are."""
     began = time.monotonic()
     while shutil.disk_usage(out).free < wanted:
         if time.monotonic() - began > PATIENCE:
@@ -2927,12 +2931,12 @@ def pick_device(name: str, local_rank: int = 0) -> tuple[torch.device, str]:
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked to do. Raises UsageError for what cannot be meant.
+    """What a run is asked to do. Raises UsageError for invalid options.
 
     device: "auto", "cpu", "cuda" or "cuda:N". workers: threads; by default two per core, 4 to 16.
     missing_scale: "keep", "cast" or "error", as in make_plan. dry_run: only print what would be
     done. verify: only compare an existing output with what it should be. delete_source: empty each
-    input shard once its output is verified. report: a file for a JSON record of it all. ranks:
+    input shard once its output is verified. report: a file for a JSON record of the run. ranks:
     which of several processes this is, each of which makes some shards.
     """
 
@@ -2975,7 +2979,7 @@ class Options:
 
 
 def find_apart_experts(plan: Plan) -> str | None:
-    """Return a weight of one expert where the architecture's own checkpoints have them in one."""
+    """Return a weight of a single expert, if the architecture's own checkpoints stack them."""
     for part in plan.parts:
         kinds = {str(value) for key, value in walk(part.checkpoint.files.get(CONFIG_NAME))
                  if key == "model_type"}
@@ -3237,7 +3241,7 @@ def tell_verified(record: Report, options: Options) -> None:
 
 
 def make_options(fp8_path, bf16_path, report=None, **options) -> Options:
-    """Return options of which the paths may be texts."""
+    """Return options; the paths may be given as strings."""
     if not (fp8_path and bf16_path):
         raise UsageError("the path of the input or of the output is empty")
     paths = [Path(path).expanduser() if path else None for path in (fp8_path, bf16_path, report)]
@@ -3252,7 +3256,7 @@ def report_path(options: Options) -> Path:
 def open_report(options: Options):
     """Open a report that is no regular file, such as a pipe, which must not be replaced by one.
 
-    A regular one goes, so that none of an earlier run stays if this one fails.
+    A regular file is removed, so that no earlier report remains if this run fails.
     """
     path = options.report
     standard = {"/dev/stdout": "/dev/fd/1", "/dev/stderr": "/dev/fd/2"}.get(str(path), str(path))
@@ -3350,13 +3354,13 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
                  names: Iterable[str] | Callable[[str], bool] | None = None,
                  missing_scale: str = "error",
                  workers: int | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of the checkpoint in a folder, by the names, dtypes, shapes and bytes that
-    its conversion would have, in the order of the shards.
+    """Yield the tensors of the checkpoint in a folder, with the names, dtypes, shapes and bytes
+    that they would have after a conversion, in the order of the shards.
 
-    device: where the tensors are to be; CUDA dequantizes there. names: those that are wanted, or
-    what tells whether one is. missing_scale: as in make_plan. workers: threads that read ahead, a
-    window of 16 MiB each. Every tensor owns its memory, and none is kept here. What stands in
-    folders below is another checkpoint: give its folder.
+    device: where the tensors are placed; a CUDA device dequantizes, too. names: those that are
+    wanted, or a function that tells whether one is. missing_scale: as in make_plan. workers:
+    threads that read ahead, a window of 16 MiB each. Every tensor owns its memory, and none is kept
+    here. A folder below holds another checkpoint: give that folder.
 
     Raises CheckpointError as the conversion does, before anything is read, or for an emptied shard;
     KeyError for a name that the checkpoint lacks; UsageError for CUDA that does not work.
@@ -3452,7 +3456,7 @@ def end(number: int, frame) -> None:
 
 
 def open_streams() -> None:
-    """Give closed standard streams the null device, or files of shards would get their numbers."""
+    """Open the null device for closed standard streams, or shards would get their descriptors."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(number)

@@ -5,9 +5,9 @@
 The product is rounded to float32 and then once to BF16, both to nearest even, on either device.
 Every NaN becomes 0x7FC0, so the bytes do not depend on where they were computed.
 
-Both paths take the codes as plain bytes. The bits of a small float, moved to where a larger one has
-its own, are a number that is too small by a constant power of two, exactly, subnormals included;
-the scale takes that power over. So no FP8 type reaches Triton, which refuses them on GPUs older
+Both paths take the codes as plain bytes. The bits of a small float, moved into the fields of a
+larger one, are a number that is too small by a constant power of two, exactly, even if subnormal;
+that power is folded into the scale. So no FP8 type reaches Triton, which refuses them on GPUs older
 than sm_89, nor torch's own float8 cast, which takes six times as long as the whole CPU path.
 """
 
@@ -19,12 +19,12 @@ from dataclasses import dataclass
 import torch
 
 BF16_NAN = 0x7FC0
-# Elements of a piece on the CPU, for which a thread keeps 8 bytes of scratch each.
+# Elements of a piece on the CPU; a thread keeps 8 bytes of scratch for each.
 MAX_PIECE = 1 << 20
 MAX_SCALE = 2.0**100  # On the CPU no product with a smaller scale overflows.
 SCRATCH = threading.local()
-NONE_COUNTED = torch.zeros(2, dtype=torch.int64)  # Neither NaN nor infinities.
-LAUNCH = threading.Lock()  # Of several threads one compiles the kernel, and the others find it.
+NONE_COUNTED = torch.zeros(2, dtype=torch.int64)  # No NaN and no infinities.
+LAUNCH = threading.Lock()  # One thread compiles the kernel; others find it compiled.
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -37,8 +37,8 @@ class NumberFormat:
 
     exponent_bits is 0 for integers, which are two's complement where offset is 0 and `offset` more
     than their value otherwise. nonfinite is the smallest magnitude (the code without its sign) that
-    is no finite number, NEVER where all are. meaning: the dtype by which torch reads a byte, or the
-    values of the 16 codes of which a byte holds two, the first in its low half.
+    is not finite, or NEVER if all are. meaning: the torch dtype of a byte, or the values of the 16
+    codes, of which a byte holds two, the first in its low half.
     """
 
     exponent_bits: int
@@ -52,7 +52,7 @@ class NumberFormat:
         return 1 if isinstance(self.meaning, torch.dtype) else 2
 
     def too_small(self, exponent_bits: int) -> float:
-        """Return the factor that a code's bits lack as a float with this many exponent bits."""
+        """Return by what factor a code's bits are too small in a float with these exponent bits."""
         return 2.0 ** (2 ** (exponent_bits - 1) - 2 ** (self.exponent_bits - 1))
 
     @functools.cached_property
@@ -66,19 +66,19 @@ class NumberFormat:
 
     @functools.cached_property
     def constants(self) -> dict[str, int | float]:
-        """What the Triton kernel, which decodes to float32 bits, has to know of a format."""
+        """What the Triton kernel, which decodes to float32 bits, has to know about a format."""
         bits = self.exponent_bits + self.mantissa_bits
-        # A code stands in the upper bits of its byte, which is extended by its sign to an int32.
+        # A code is in the upper bits of its byte, which is sign-extended to int32.
         shift = 8 + 8 // self.codes_per_byte + 7 - self.mantissa_bits
         mask = ((1 << bits) - 1 << 23 - self.mantissa_bits) - (1 << 31)
-        # A smaller scale can take over RESCALE, or be multiplied with any value, without overflow.
+        # A scale below LIMIT can be multiplied by RESCALE, or by any value, without overflow.
         largest = 2.0 ** (2 ** (self.exponent_bits - 1) + 1) if self.exponent_bits else 128.0
         rescale = self.too_small(8) if self.exponent_bits else 1.0
         limit = torch.tensor(2.0**127 / max(rescale, largest), dtype=torch.float32)
         return {"EXPONENT_BITS": self.exponent_bits, "CODES_PER_BYTE": self.codes_per_byte,
                 "SHIFT": shift, "MASK": mask, "NONFINITE": self.nonfinite,
                 "LIMIT": limit.view(torch.int32).item(), "RESCALE": rescale,
-                "FLIP": self.offset * 0x11}  # Subtracting 8 is flipping the top bit.
+                "FLIP": self.offset * 0x11}  # Flipping the top bit subtracts 8.
 
 
 NEVER = 0x80
@@ -160,12 +160,12 @@ def _scratch(name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _decode(codes: torch.Tensor, fmt: NumberFormat) -> tuple[torch.Tensor, float]:
-    """Return (M, bytes) codes as (M, codes) float32 in scratch, and the factor they are short of.
+    """Return (M, bytes) codes as (M, codes) float32 in scratch, and the factor they lack.
 
-    Floats become float16 bits, which widen to float32 exactly at the same speed whatever the
-    values: float32 or BF16 bits would make subnormal numbers of subnormal codes, of which the
-    product with a scale takes an Intel core ten times as long. E4M3's NaN becomes a finite number.
-    Two codes of a byte are looked up at once, as 8 bytes.
+    Floats become float16 bits, which widen to float32 exactly and equally fast for all values. As
+    float32 or BF16 bits, subnormal codes would be subnormal numbers, whose product with a scale
+    takes an Intel core ten times as long. E4M3's NaN becomes a finite number. The two codes of a
+    byte are looked up at once, as 8 bytes.
 
     Each torch call releases Python's lock, and with many cores the threads queue to get it back. So
     there are few calls.
@@ -183,7 +183,7 @@ def _decode(codes: torch.Tensor, fmt: NumberFormat) -> tuple[torch.Tensor, float
     bits = _scratch("bits", size, torch.int16).copy_(codes.view(-1).view(torch.int8))
     bits *= 1 << 10 - fmt.mantissa_bits
     if fmt.exponent_bits < 5:
-        bits &= -0x4001  # The sign's extension reaches bit 14, where the exponent has its own.
+        bits &= -0x4001  # Clear a copy of the sign in bit 14, which is the exponent's.
     return values.copy_(bits.view(torch.float16)).view(M, -1), fmt.too_small(5)
 
 
@@ -248,7 +248,7 @@ def _dequantize_cpu(codes, scales, out, fmt, grid, row, col, divide) -> torch.Te
 @functools.cache
 def weight_dequant_kernel():
     """Return the Triton kernel, which is nested so that the CPU path works without Triton."""
-    global tl  # where the kernel's body, compiled from its source, looks for the name
+    global tl  # Triton looks names of the kernel's body up among globals.
     import triton
     import triton.language as tl
 
@@ -278,7 +278,7 @@ def weight_dequant_kernel():
         offs_m = tl.program_id(0) * BLOCK_SIZE_M + tl.arange(0, BLOCK_SIZE_M)
         weight_row, block_rows = (row + offs_m).to(tl.uint32), block_rows.to(tl.uint32)
         scale_row = weight_row // block_rows - first_scale_row.to(tl.uint32)
-        if STACKED:  # rows of more than one slab
+        if STACKED:  # The rows are of more than one slab.
             slab = weight_row // slab_rows.to(tl.uint32)
             scale_row = (weight_row - slab * slab_rows) // block_rows + slab * scale_rows_per_slab
             scale_row -= first_scale_row
@@ -319,14 +319,14 @@ def weight_dequant_kernel():
         rare = tl.max(scale.to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= LIMIT
         if NONFINITE < 0x80:
             rare |= tl.max(tl.abs(value)).to(tl.int32, bitcast=True) >= NONFINITE << SHIFT
-        if rare:  # a NaN or an infinity may come up, and the scales cannot take over RESCALE
+        if rare:  # There may be NaN or infinities; keep RESCALE out of the scales.
             if NONFINITE < 0x80:
                 wide = value.to(tl.int32, bitcast=True)
                 special = tl.where((wide & 0x7FFFFF) == 0, float("inf"), float("nan"))
                 value *= tl.where((wide & 0x7FFFFFFF) < NONFINITE << SHIFT, 1.0, special)
             value = value * RESCALE * scale
             out = value.to(tl.bfloat16).to(tl.int16, bitcast=True)
-            out = tl.where(value == value, out, 0x7FC0).to(tl.int16)  # hardware makes other NaN
+            out = tl.where(value == value, out, 0x7FC0).to(tl.int16)  # Hardware makes other NaN.
             tl.store(out_ptr + offs, out, mask=mask)
             magnitude = out & 0x7FFF
             count = tl.where(magnitude > 0x7F80, 1, tl.where(magnitude == 0x7F80, 0x10000, 0))
