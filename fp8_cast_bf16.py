@@ -38,6 +38,7 @@ import platform
 import re
 import shutil
 import signal
+import stat
 import statistics
 import sys
 import threading
@@ -2466,7 +2467,8 @@ def is_ours(path: Path) -> bool:
 def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
     """Return the names of those shards in the output whose size and header are the planned ones.
 
-    Raises CheckpointError for a file without a fingerprint: only those that have one are replaced.
+    Raises CheckpointError for files that must not be replaced: those without a fingerprint, and
+    those that are read-only.
     """
     done = set()
 
@@ -2482,6 +2484,12 @@ def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
     if shards:
         pool = [Worker() for _ in range(min(workers, len(shards)))]
         run_workers("checking", pool, ((shard,) for shard in shards), check, 0, quiet=True)
+    for path in (out / shard.name for shard in shards
+                 if shard.name not in done and not shard.emptied):
+        if not path.stat().st_mode & stat.S_IWUSR:
+            raise CheckpointError(f"{path}: is not what this input gives, and read-only: it may be "
+                                  "the only copy of an input that --delete-source has emptied; "
+                                  "give another output, or delete it")
     return done
 
 
@@ -2756,9 +2764,9 @@ def peak_space(order: list[tuple[Shard, list[Path]]], state: OutputState) -> int
     return max(peak, now + sides)
 
 
-def stamp(stat: os.stat_result) -> tuple[int, ...]:
+def stamp(at: os.stat_result) -> tuple[int, ...]:
     """Return what changes when a file is replaced, linked to, or written."""
-    return stat.st_dev, stat.st_ino, stat.st_nlink, stat.st_size, stat.st_mtime_ns
+    return at.st_dev, at.st_ino, at.st_nlink, at.st_size, at.st_mtime_ns
 
 
 def find_doubts(plan: Plan, record: Report) -> Iterator[str]:
@@ -2845,6 +2853,12 @@ def empty(path: Path, before: tuple[int, ...]) -> None:
         os.fsync(file.fileno())
 
 
+def protect(path: Path) -> None:
+    """Make a shard read-only: a run with another input must not replace the only copy of this."""
+    with suppress(OSError):  # Some file systems have no such mode.
+        path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+
+
 def await_space(path: Path, out: Path, wanted: int) -> None:
     """Return once so many bytes are free. Raises CheckpointError if they never are."""
     began = time.monotonic()
@@ -2869,6 +2883,7 @@ def write_and_empty(order: list[tuple[Shard, list[Path]]], done: set[str], pool:
             write_shards([shard], out, pool, False)
         if not all(step.emptied for step in shard.steps):
             prove(shard, out, provers)
+            protect(out / shard.name)
         for path in paths:
             size, free = data_on_disk(path), shutil.disk_usage(out).free
             empty(path, stamps[path])

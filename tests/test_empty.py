@@ -83,6 +83,7 @@ def sizes(source: Path) -> dict[str, int]:
 
 def flip(path: Path, at: int) -> None:
     """Flip a bit of a file."""
+    path.chmod(0o644)
     with open(path, "r+b") as file:
         file.seek(at, os.SEEK_END if at < 0 else os.SEEK_SET)
         place = file.tell()
@@ -747,6 +748,7 @@ def test_the_input_is_locked_while_it_is_emptied(independent, monkeypatch):
 
 
 def damage(path: Path, how: str) -> None:
+    path.chmod(0o644)
     content = path.read_bytes()
     if how == "missing":
         path.unlink()
@@ -827,6 +829,7 @@ def test_verify_advises_no_deletion_of_what_cannot_be_made_again(emptied, tmp_pa
 def test_an_output_that_another_version_wrote_is_accepted(emptied, tmp_path, capsys, delete_source):
     """Its header has neither this version's metadata nor its padding."""
     path = tmp_path / "out" / TWO
+    path.chmod(0o644)
     save_file(load_file(path), path, metadata={"format": "pt", "other": "1"})
     before = stamps(tmp_path / "out")
     main(emptied, tmp_path / "out", delete_source=delete_source)
@@ -843,6 +846,16 @@ def test_no_other_checkpoint_replaces_the_output_of_an_emptied_input(emptied, tm
     before = stamps(tmp_path / "out")
     main(half, tmp_path / "out")
     assert stamps(tmp_path / "out") == before
+
+
+def test_a_whole_checkpoint_of_the_same_names_does_not_replace_it_either(emptied, tmp_path):
+    write_checkpoint(tmp_path / "tune", several_kinds(seed=1)[0], CONFIG)
+    before, there = contents(tmp_path), stamps(tmp_path / "out")
+    for options in ({}, {"dry_run": True}, {"delete_source": True}):
+        with pytest.raises(CheckpointError, match="read-only: it may be the only copy of an input"):
+            main(tmp_path / "tune", tmp_path / "out", **options)
+        assert contents(tmp_path) == before
+        assert stamps(tmp_path / "out") == there
 
 
 # --- the watch on the free space ---
