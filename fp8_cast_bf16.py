@@ -211,7 +211,7 @@ class Checkpoint:
     files: dict[str, dict]
 
 
-def is_plain(path: Path, root: Path) -> bool:
+def is_regular(path: Path, root: Path) -> bool:
     """Return whether a path is a regular file of the checkpoint, not a link out of it.
 
     A link may lead to a private file, which must not end up in an output that gets published. The
@@ -279,7 +279,7 @@ def read_json(path: Path, root: Path) -> dict | None:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):  # No other error means that it is absent.
         return None
-    if not is_plain(path, root):
+    if not is_regular(path, root):
         where = "a link to nothing" if path.is_symlink() and not path.exists() else (
             "a link elsewhere, or a device")
         raise CheckpointError(f"{path}: is not a regular file of the checkpoint, but {where}; put "
@@ -424,7 +424,7 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
     index_name = find_index(root)
     names = [index_name, PARAMS_NAME, NVIDIA_CONFIG_NAME]
     names += sorted(path.name for path in root.glob(CONFIG_PATTERN))
-    names += [SIDECAR_NAME] if is_plain(root / SIDECAR_NAME, root) else []
+    names += [SIDECAR_NAME] if is_regular(root / SIDECAR_NAME, root) else []
     files = {name: value for name in names
              if (value := read_json(root / name, top or root)) is not None}
     index = files.get(index_name)
@@ -910,7 +910,7 @@ class Quantization(NamedTuple):
     the weight begins at row first_row. packed_cols: codes per row of the weight on disk.
     """
 
-    row: Format
+    format: Format
     number_format: str
     output: str
     shape: tuple[int, ...]
@@ -924,7 +924,7 @@ class Quantization(NamedTuple):
 class Match(NamedTuple):
     """A row that fits a weight: what stands before the row's names, their stem, and the scales."""
 
-    row: Format
+    format: Format
     head: str
     stem: str
     scale: Tensor
@@ -987,7 +987,7 @@ def find_matches(weight: Tensor, checkpoint: Checkpoint, evidence: Evidence) -> 
             found[scale.name] = Match(row, head, stem, scale, global_scale)
     if len(found) < 2:
         return [*found.values()]
-    meant = [match for match in found.values() if match.row.methods & evidence.methods]
+    meant = [match for match in found.values() if match.format.methods & evidence.methods]
     if len(meant) != 1:
         raise weight.error(f"has two scales, {' and '.join(found)}, and {CONFIG_NAME} names no "
                            "quant_method that decides; remove the one that is not meant")
@@ -1202,12 +1202,12 @@ def is_side(tensor: Tensor, weight: Tensor, quantization: Quantization) -> bool:
     stem = quantization.output.removeprefix(weight.module).removeprefix(".")
     stem = "weight" if own or weight.leaf == "weight" else stem
     place = tensor.name.removeprefix(weight.name.removesuffix(weight.leaf))
-    if place in side_names(quantization.row, stem):
+    if place in side_names(quantization.format, stem):
         check_side(tensor, quantization)
         return True
     if tensor.leaf not in PARAMETERS and place != f"{stem}_bias" and (
             own or not words_after(stem, place).isdisjoint(SCALE_WORDS | PART_WORDS)):
-        raise tensor.error(f"stands beside {weight.name} ({quantization.row.title}), and no known "
+        raise tensor.error(f"stands beside {weight.name} ({quantization.format.title}), and no known "
                            f"format has it; it would have to be applied; {OTHER_TOOL}")
     return False
 
@@ -1324,8 +1324,8 @@ class Step(NamedTuple):
 
     @property
     def sources(self) -> list[Tensor]:
-        reading = self.quantization
-        scales = [reading.scale, reading.global_scale] if reading else []
+        quantization = self.quantization
+        scales = [quantization.scale, quantization.global_scale] if quantization else []
         return [tensor for tensor in (self.source, *scales) if tensor]
 
     @property
@@ -1699,7 +1699,7 @@ def read_scales(quantization: Quantization, region: tuple[int, int, int, int],
     raw = worker.elements("factors", global_scale, 0, count)
     factors = kernel.widen_scales(raw, global_scale.dtype)
     factors = factors[which].view(-1, 1)
-    return scales / factors if quantization.row.divides else scales * factors
+    return scales / factors if quantization.format.divides else scales * factors
 
 
 def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: Worker) -> None:
@@ -1714,7 +1714,7 @@ def render_weight(step: Step, start: int, stop: int, out: torch.Tensor, worker: 
         values = out[at : at + M * N].view(M, N)
         with worker.timed("decoding"):
             found = kernel.dequantize(codes, scales, values, quantization.number_format, grid, row,
-                                      col, quantization.row.inverse, worker.stream)
+                                      col, quantization.format.inverse, worker.stream)
         for kind, count in zip(NONFINITE, found.tolist(), strict=True):
             if count:
                 worker.nonfinite[kind, step.output.name] += count
@@ -1991,10 +1991,10 @@ DTYPE_KEYS = ["torch_dtype", "dtype"]
 
 def kind_of(step: Step) -> str:
     """Return the format of a weight in words."""
-    reading = step.quantization
-    if reading.scale is None:
-        return f"{reading.number_format} without a scale"
-    grid = reading.grid
+    quantization = step.quantization
+    if quantization.scale is None:
+        return f"{quantization.number_format} without a scale"
+    grid = quantization.grid
     block = f"{grid.block_rows}x{grid.block_cols} block"
     if grid.block_cols >= grid.cols and grid.block_rows >= grid.slab_rows:
         block = "tensor" if grid.slab_rows >= grid.rows else "expert"
@@ -2002,26 +2002,26 @@ def kind_of(step: Step) -> str:
         block = "row"
     elif grid.block_cols == 1 and grid.block_rows >= grid.slab_rows:
         block = "column"
-    second = " and a global scale" if reading.global_scale else ""
-    return f"{reading.number_format}, {reading.scale.dtype} scale per {block}{second}"
+    second = " and a global scale" if quantization.global_scale else ""
+    return f"{quantization.number_format}, {quantization.scale.dtype} scale per {block}{second}"
 
 
 def sample(step: Step, worker: Worker) -> tuple[float, bool]:
     """Return the root mean square of values from the middle of a weight, and whether all their
     scales are 1.
     """
-    reading = step.quantization
-    total, cols = math.prod(reading.shape), reading.grid.cols
+    quantization = step.quantization
+    total, cols = math.prod(quantization.shape), quantization.grid.cols
     if not total:
         return 0.0, False
-    count = min(total, SAMPLED_BYTES * kernel.FORMATS[reading.number_format].codes_per_byte)
+    count = min(total, SAMPLED_BYTES * kernel.FORMATS[quantization.number_format].codes_per_byte)
     start = (total - count) // 2
     start -= start % cols if cols <= count else 0  # The piece is whole rows.
     row, col, M, N = next(pieces(start, start + count, cols, count))
-    region = reading.grid.scale_region(reading.first_row + row, col, M, N)
+    region = quantization.grid.scale_region(quantization.first_row + row, col, M, N)
     out = torch.empty(M * N, dtype=torch.bfloat16)
     render_weight(step, row * cols + col, row * cols + col + M * N, out, worker)
-    ones = bool((read_scales(reading, region, worker) == 1).all())
+    ones = bool((read_scales(quantization, region, worker) == 1).all())
     return out.double().square().mean().sqrt().item(), ones
 
 
@@ -2155,10 +2155,11 @@ def meaning(number_format: str) -> torch.Tensor:
     return torch.arange(256, dtype=torch.uint8).view(getattr(torch, CASTS[number_format])).float()
 
 
-def reference_scales(reading: Quantization, top: int, bottom: int, worker: Worker) -> torch.Tensor:
+def reference_scales(quantization: Quantization, top: int, bottom: int,
+                     worker: Worker) -> torch.Tensor:
     """Return whole rows [top, bottom) of a weight's scales, float32."""
-    scale, second = reading.scale, reading.global_scale
-    width = ceil_div(reading.grid.cols, reading.grid.block_cols)
+    scale, second = quantization.scale, quantization.global_scale
+    width = ceil_div(quantization.grid.cols, quantization.grid.block_cols)
     raw = worker.elements("scales", scale, top * width, (bottom - top) * width)
     scales = raw.view(getattr(torch, CASTS[scale.dtype])).float().view(-1, width)
     if second is None:
@@ -2167,7 +2168,7 @@ def reference_scales(reading: Quantization, top: int, bottom: int, worker: Worke
     factors = raw.view(getattr(torch, CASTS[second.dtype])).float()
     each = math.prod(scale.shape) // width // len(factors)
     factors = factors[torch.arange(top, bottom) // each][:, None]
-    return scales / factors if reading.row.divides else scales * factors
+    return scales / factors if quantization.format.divides else scales * factors
 
 
 def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) -> torch.Tensor:
@@ -2176,26 +2177,26 @@ def reference(step: Step, row: int, col: int, M: int, N: int, worker: Worker) ->
     It is what each code means, times the scale of each element, rounded to BF16. Nothing of
     kernel.py is used but the numbers of the grid.
     """
-    reading, grid = step.quantization, step.quantization.grid
-    table = meaning(reading.number_format)
-    begin, per_byte = row * reading.packed_cols + col, 1 if len(table) == 256 else 2
-    end = begin + (M - 1) * reading.packed_cols + N
+    quantization, grid = step.quantization, step.quantization.grid
+    table = meaning(quantization.number_format)
+    begin, per_byte = row * quantization.packed_cols + col, 1 if len(table) == 256 else 2
+    end = begin + (M - 1) * quantization.packed_cols + N
     raw = worker.read(step.source.path, step.source.start + begin // per_byte,
                       worker.scratch("codes", ceil_div(end, per_byte) - begin // per_byte))
     codes = raw if per_byte == 1 else torch.stack([raw & 15, raw >> 4], 1).flatten()
     index = worker.scratch("index", 4 * len(codes)).view(torch.int32).copy_(codes)
     values = worker.scratch("values", 4 * len(codes)).view(torch.float32)
     torch.index_select(table, 0, index, out=values)
-    values = values[begin % per_byte :].as_strided((M, N), (reading.packed_cols, 1))
-    if reading.scale is None:
+    values = values[begin % per_byte :].as_strided((M, N), (quantization.packed_cols, 1))
+    if quantization.scale is None:
         return values.bfloat16()
-    rows, cols = torch.arange(row, row + M) + reading.first_row, torch.arange(col, col + N)
+    rows, cols = torch.arange(row, row + M) + quantization.first_row, torch.arange(col, col + N)
     slabs, rows = rows // grid.slab_rows, rows % grid.slab_rows
     rows = slabs * ceil_div(grid.slab_rows, grid.block_rows) + rows // grid.block_rows
     top, bottom = rows[0].item(), rows[-1].item() + 1
-    scales = reference_scales(reading, top, bottom, worker)
+    scales = reference_scales(quantization, top, bottom, worker)
     scales = scales.index_select(1, cols // grid.block_cols).index_select(0, rows - top)
-    return (values.div_(scales) if reading.row.inverse else values.mul_(scales)).bfloat16()
+    return (values.div_(scales) if quantization.format.inverse else values.mul_(scales)).bfloat16()
 
 
 def compare_piece(step: Step, tensor: Tensor, row: int, col: int, M: int, N: int,
@@ -2346,7 +2347,7 @@ def belongs(path: Path, plan: Plan) -> bool:
 
     Raises CheckpointError for one that would silently be missing in the output.
     """
-    if path.is_symlink() and not is_plain(path, plan.root) and not path.name.startswith(".#"):
+    if path.is_symlink() and not is_regular(path, plan.root) and not path.name.startswith(".#"):
         raise CheckpointError(f"{path}: is a link to {os.readlink(path)}, "
                               f"{'outside' if path.exists() else 'not there, or outside'} of the "
                               "checkpoint; put the file itself there (cp -L)")

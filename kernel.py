@@ -192,7 +192,7 @@ def _largest_magnitude(codes: torch.Tensor) -> int:
     return max(codes.view(torch.int8).max().item(), codes.max().item() - 0x80)
 
 
-def _scale(values, scales, grid, row, col, operation) -> None:
+def _apply_scales(values, scales, grid, row, col, operation) -> None:
     """Multiply or divide (M, N) float32 values in place by the scales of their blocks."""
     M, N = values.shape
     slab_row = row % grid.slab_rows
@@ -237,7 +237,8 @@ def _dequantize_cpu(codes, scales, out, fmt, grid, row, col, divide) -> torch.Te
     if values.shape != out.shape:
         skipped = col % fmt.codes_per_byte
         values = values[:, skipped : skipped + out.shape[1]]
-    _scale(values, scales, grid, row, col, torch.Tensor.div_ if divide else torch.Tensor.mul_)
+    operation = torch.Tensor.div_ if divide else torch.Tensor.mul_
+    _apply_scales(values, scales, grid, row, col, operation)
     out.copy_(values)
     if finite:
         return NONE_COUNTED
