@@ -315,6 +315,13 @@ def test_a_run_without_the_option_accepts_the_output_of_an_emptied_input(emptied
     assert stamps(tmp_path / "out") == before
 
 
+def test_an_emptied_shard_is_not_called_newer_than_its_output(emptied, tmp_path, capsys):
+    later = (tmp_path / "out" / ONE).stat().st_mtime + 10
+    os.utime(emptied / ONE, (later, later))
+    main(emptied, tmp_path / "out")
+    assert "newer" not in capsys.readouterr().out
+
+
 def test_a_dry_run_on_an_emptied_input_plans_and_writes_nothing(emptied, tmp_path, capsys):
     before = contents(tmp_path)
     for delete_source in (False, True):
