@@ -1207,8 +1207,8 @@ def is_side(tensor: Tensor, weight: Tensor, quantization: Quantization) -> bool:
         return True
     if tensor.leaf not in PARAMETERS and place != f"{stem}_bias" and (
             own or not words_after(stem, place).isdisjoint(SCALE_WORDS | PART_WORDS)):
-        raise tensor.error(f"stands beside {weight.name} ({quantization.format.title}), and no known "
-                           f"format has it; it would have to be applied; {OTHER_TOOL}")
+        raise tensor.error(f"stands beside {weight.name} ({quantization.format.title}), and no "
+                           f"known format has it; it would have to be applied; {OTHER_TOOL}")
     return False
 
 

@@ -18,6 +18,10 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA device")
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "test_faults" not in item.nodeid)  # The longest begin first.
+
+
 @pytest.fixture
 def source(tmp_path):
     """A checkpoint of two shards, with a config and a file beside them."""

@@ -419,7 +419,7 @@ def test_verifying_shares_no_decoding_with_converting(folders, capsys, monkeypat
     def fail(*operands, **options):
         raise AssertionError("the converter's decoding was used")
 
-    for name in ("dequantize", "widen_scales", "_scale", "_dequantize_cpu",
+    for name in ("dequantize", "widen_scales", "_apply_scales", "_dequantize_cpu",
                  "_dequantize_triton", "weight_dequant"):
         monkeypatch.setattr(kernel, name, fail)
     for name in ("render", "render_weight", "read_codes", "read_scales"):
@@ -441,7 +441,7 @@ FP8_WEIGHTS = {"a.weight", "b.weight", "experts.up_proj", "nan.weight"}
         ({"exponent_bits": 5, "mantissa_bits": 2}, FP8_WEIGHTS),
         ("too_small", FP8_WEIGHTS),
         ("widen_scales", FP8_WEIGHTS),
-        ("_scale", FP8_WEIGHTS - {"nan.weight"}),  # which has one scale only
+        ("_apply_scales", FP8_WEIGHTS - {"nan.weight"}),  # which has one scale only
     ],
 )
 def test_an_error_in_the_kernel_would_be_found(folders, capsys, monkeypatch, change, wrong):
@@ -457,7 +457,7 @@ def test_an_error_in_the_kernel_would_be_found(folders, capsys, monkeypatch, cha
             widen = kernel.widen_scales
             patch.setattr(kernel, change, lambda *given: widen(*given) * 1.01)
         else:
-            scale = kernel._scale
+            scale = kernel._apply_scales
             patch.setattr(kernel, change, lambda values, scales, *given:
                           scale(values, scales[:1, :1].expand_as(scales).contiguous(), *given))
         main(source, source.parent / "wrong")
