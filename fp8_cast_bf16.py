@@ -416,10 +416,9 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
     """Read the index, the configs and all headers of a checkpoint, and check that they agree.
 
     The headers are authoritative. The index decides which shards belong to the checkpoint and, if
-    two of them hold a tensor of the same name, which one counts. For an output, whose shards are
-    `planned`, it may list missing tensors, and does not decide which shards belong: all those in
-    the folder do, except files that are `copied`, and planned ones in folders below. top: the
-    folder that no link may leave.
+    two of them hold a tensor of the same name, which one counts. To an output belong all shards in
+    the folder but the files that are `copied`, and those `planned` in folders below; its index may
+    list missing tensors. top: the folder that no link may leave.
     """
     index_name = find_index(root)
     names = [index_name, PARAMS_NAME, NVIDIA_CONFIG_NAME]
@@ -2282,11 +2281,15 @@ def find_differences(plan: Plan, out: Path, side: SideFiles, workers: int,
     for name in sorted(mine - {*damaged}):
         check_loadable(out / name)
     first = compare_values(steps, out, [Worker() for _ in range(workers)], ranks.rank > 0)
+    emptied = {shard.name: shard.emptied for shard in plan.shards}
     for (shard, tensor), (element, value, wanted) in sorted(first.items()):
         place = torch.unravel_index(torch.tensor(element), tensor.shape)
         lines.append(f"{shard}: {tensor.name}: element {[at.item() for at in place]} is {value}, "
                      f"expected {wanted}")
-        damaged[shard] = None
+        if emptied.get(shard):
+            lines[-1] += f"; keep the file until {emptied[shard][0]} is downloaded again"
+        else:
+            damaged[shard] = None
     if damaged:  # Without them, files that differ would be taken for somebody else's.
         damaged |= {name: None for name, text in side.texts.items() if (out / name).is_file()
                     and (out / name).read_bytes() != text.encode()}
@@ -2821,6 +2824,10 @@ def prove(shard: Shard, out: Path, pool: list[Worker]) -> None:
     that read directly see what is on the disk; others do once the page cache has dropped the file.
     """
     path = out / shard.name
+    for source in {source for step in shard.steps if step.emptied for source in step.sources}:
+        if not source.emptied and source.path.stat().st_mtime > path.stat().st_mtime:
+            raise CheckpointError(f"{source.path}: is newer than {path}, which cannot be proven "
+                                  f"while {shard.emptied[0]} is emptied; download that again, too")
     for place in (path, *path.parents[: len(Path(shard.name).parents) + 1]):
         if os.access(place, os.R_OK):  # The folder that holds the output may not be readable.
             sync(place)
@@ -2850,7 +2857,10 @@ def empty(path: Path, before: tuple[int, ...]) -> None:
         if not stamp(path.lstat()) == stamp(os.fstat(file.fileno())) == before:
             raise CheckpointError(f"{path}: has been changed since the run began; it is left as it "
                                   "is")
-        file.truncate(header_size(path))
+        header = read_bytes(path, 0, header_size(path))
+        file.truncate(len(header))
+        # btrfs keeps the whole of an extent, up to 128 MiB, while its first page is in use.
+        file.write(header)
         os.fsync(file.fileno())
 
 
@@ -2882,14 +2892,14 @@ def write_and_empty(order: list[tuple[Shard, list[Path]]], done: set[str], pool:
     for number, (shard, paths) in enumerate(order, 1):
         if shard.name not in done:
             write_shards([shard], out, pool, False)
-        if not all(step.emptied for step in shard.steps):
-            prove(shard, out, provers)
-            protect(out / shard.name)
+        prove(shard, out, provers)
+        protect(out / shard.name)
         for path in paths:
             size, free = data_on_disk(path), shutil.disk_usage(out).free
             empty(path, stamps[path])
             record.emptied_shards.append(path.relative_to(record.options.input).as_posix())
-            say(f"{number}/{len(order)} shards: emptied {path.name}, {sized(size)}")
+            say(f"Emptied {record.emptied_shards[-1]} ({sized(size)}); {number} of "
+                f"{counted(len(order), 'output shard')} proven")
             if size >= WATCHED and not watched:
                 await_space(path, out, free + size // 2)
                 watched = True
@@ -3245,15 +3255,18 @@ def tell_verified(record: Report, options: Options) -> None:
         remedy = "run the same command without --verify"
         if record.damaged_shards:
             remedy = f"delete {', '.join(record.damaged_shards)} and {remedy}"
+        elif record.not_compared:
+            remedy = "keep it, and download the emptied input shards again"
         raise CheckpointError(f"{options.output}: differs from what the input gives in "
                               f"{counted(len(lines), 'place')}; {remedy}")
     size, seconds = record.input["bytes"] + record.output["bytes"], record.seconds["total"]
-    if options.ranks.rank == 0:
-        say(f"Verified {counted(record.output['tensors'], 'tensor')}: no differences; "
-            f"{sized(size)} read, {seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
-        if record.not_compared:
-            say(f"Not compared: the values of {counted(record.not_compared, 'tensor')}, of which "
-                "the input has been emptied")
+    count = record.output["tensors"]
+    if record.not_compared:
+        say(f"Verified {count - record.not_compared:,} of {counted(count, 'tensor')}: no "
+            "differences; the input of the others has been emptied")
+    elif options.ranks.rank == 0:
+        say(f"Verified {counted(count, 'tensor')}: no differences; {sized(size)} read, "
+            f"{seconds:.1f} s, {size / seconds / 1e9:.2f} GB/s")
 
 
 def make_options(fp8_path, bf16_path, report=None, **options) -> Options:
@@ -3355,6 +3368,7 @@ def find_wanted(plan: Plan, names: Iterable[str] | Callable[[str], bool] | None
         folders = ", ".join(part.folder.as_posix() for part in plan.parts if part.shards)
         raise CheckpointError(f"{plan.root}: holds tensors in folders only; give one of them: "
                               f"{folders}")
+    names = [names] if isinstance(names, str) else names
     wanted = {*steps} if names is None else {*(filter(names, steps) if callable(names) else names)}
     if unknown := sorted(wanted - steps.keys()):
         raise KeyError(f"{plan.root}: holds no tensor {unknown[0]}")
@@ -3381,6 +3395,7 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
     Raises CheckpointError as the conversion does, before anything is read, or for an emptied shard;
     KeyError for a name that the checkpoint lacks; UsageError for CUDA that does not work.
     """
+    # There is no output; this checks the other options.
     options = make_options(fp8_path, os.devnull, workers=workers, missing_scale=missing_scale)
     with torch.device("cpu"):  # whatever device the caller has set
         target = torch.device(device)
@@ -3466,8 +3481,8 @@ def cli(arguments: list[str] | None = None) -> int:
 
 
 def end(number: int, frame) -> None:
-    say("stopping; the same command continues", sys.stderr)
     signal.signal(number, signal.SIG_IGN)
+    os.write(2, b"stopping; the same command continues\n")  # print may be what was interrupted
     raise KeyboardInterrupt(number)
 
 

@@ -107,13 +107,13 @@ def threads_of_another_thread():
         return executor.submit(torch.get_num_threads).result()
 
 
-def open_files():
-    """Return the safetensors files that this process holds open."""
+def open_files(source):
+    """Return the files of a checkpoint that this process holds open."""
     found = []
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # The listing itself is closed by now.
             found.append(os.readlink(f"/proc/self/fd/{number}"))
-    return [path for path in found if path.endswith(".safetensors")]
+    return [path for path in found if path.startswith(f"{source}/")]
 
 
 # --- the same tensors as in the files ---
@@ -330,6 +330,10 @@ def test_a_tensor_without_a_name_is_yielded(tmp_path):
     assert [name for name, _ in bf16_tensors(source, names=[""])] == [""]
 
 
+def test_a_single_name_may_be_given_as_it_is(source):
+    assert [name for name, _ in bf16_tensors(source, names="table")] == ["table"]
+
+
 @pytest.mark.parametrize("name", ["nothing", "b.weight_scale_inv"])
 def test_an_unknown_name_is_a_key_error_before_anything_is_read(source, reads, name):
     with pytest.raises(KeyError, match=f"holds no tensor {name}"):
@@ -501,7 +505,7 @@ CLOSINGS = [closed_by_break, closed_by_close, closed_by_an_exception, closed_by_
 def test_no_thread_and_no_file_is_left(source, monkeypatch, threads, close):
     monkeypatch.setattr(fp8_cast_bf16, "WINDOW", 4096)
     close(bf16_tensors(source, workers=3))
-    assert not open_files()
+    assert not open_files(source)
 
 
 def test_a_generator_that_is_dropped_leaves_no_thread_and_no_file(source, monkeypatch, threads):
@@ -509,9 +513,9 @@ def test_a_generator_that_is_dropped_leaves_no_thread_and_no_file(source, monkey
     tensors = bf16_tensors(source, workers=3)
     next(tensors)
     assert {*threading.enumerate()} != threads
-    assert open_files()
+    assert open_files(source)
     del tensors
-    assert not open_files()
+    assert not open_files(source)
 
 
 def test_an_error_in_a_worker_reaches_the_consumer_and_leaves_nothing(source, monkeypatch, threads):
@@ -526,7 +530,7 @@ def test_an_error_in_a_worker_reaches_the_consumer_and_leaves_nothing(source, mo
     assert 1 <= len(got) < len(expected)
     for name, tensor in got.items():
         assert_same_bits(tensor, expected[name])
-    assert not open_files()
+    assert not open_files(source)
 
 
 @pytest.mark.parametrize("close", CLOSINGS)

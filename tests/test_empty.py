@@ -341,7 +341,8 @@ def test_a_dry_run_of_emptying_changes_nothing(source, tmp_path, capsys):
 def test_verify_says_what_it_did_not_compare(emptied, tmp_path, capsys):
     main(emptied, tmp_path / "out", verify=True, report=tmp_path / "r.json")
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == ("Not compared: the values of 6 tensors, of which the input has been emptied")
+    assert last == (
+        "Verified 0 of 6 tensors: no differences; the input of the others has been emptied")
     assert json.loads((tmp_path / "r.json").read_text())["not_compared"] == 6
 
 
@@ -349,7 +350,7 @@ def test_verify_compares_what_the_input_still_gives(emptied, tmp_path, capsys):
     shutil.copy(tmp_path / "whole" / TWO, emptied)
     capsys.readouterr()
     main(emptied, tmp_path / "out", verify=True)
-    assert "Not compared: the values of 4 tensors" in capsys.readouterr().out
+    assert "Verified 2 of 6 tensors" in capsys.readouterr().out
     flip(tmp_path / "out" / TWO, -1)
     with pytest.raises(CheckpointError, match="differs from what the input gives in 1 place"):
         main(emptied, tmp_path / "out", verify=True)
@@ -435,9 +436,9 @@ def test_the_first_and_the_last_line_say_what_becomes_of_the_input(source, capsy
 
 def test_each_emptied_shard_is_printed_and_reported(independent, tmp_path, capsys):
     main(independent, tmp_path / "out", delete_source=True, report=tmp_path / "r.json")
-    lines = re.findall(r"(\d)/4 shards: emptied (\S+), ", capsys.readouterr().out)
-    assert [name for _, name in lines] == [SHARD, EXTRA, ONE, TWO]
-    assert [number for number, _ in lines] == ["1", "2", "4", "4"]
+    said = capsys.readouterr().out
+    lines = re.findall(r"Emptied (\S+) \(\S+B\); (\d) of 4 output shards proven", said)
+    assert lines == [(f"draft/{SHARD}", "1"), (EXTRA, "2"), (ONE, "4"), (TWO, "4")]
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["emptied_shards"] == SHARDS
     assert report["status"] == "converted"
@@ -820,6 +821,27 @@ def test_a_missing_output_is_made_when_all_that_is_named_has_been_downloaded(emp
     assert contents(tmp_path / "out") == expected
     assert is_emptied(emptied / ONE)
     assert is_emptied(emptied / TWO)
+
+
+def test_verify_advises_no_deletion_of_what_needs_an_emptied_shard_too(emptied, tmp_path, capsys):
+    """The rest of the output shard could not be made again."""
+    shutil.copy(tmp_path / "whole" / ONE, emptied / ONE)
+    (tmp_path / "out" / ONE).chmod(0o644)
+    flip(tmp_path / "out" / ONE, header_of(tmp_path / "out" / ONE))  # of `bias`, which is copied
+    with pytest.raises(CheckpointError, match="keep it, and download the emptied input shards"):
+        main(emptied, tmp_path / "out", verify=True)
+    assert f"keep the file until {emptied / TWO} is downloaded again" in capsys.readouterr().out
+
+
+def test_a_shard_that_is_downloaded_again_is_left_while_its_output_cannot_be_proven(
+    emptied, tmp_path
+):
+    """a.weight has its scale in the other shard, so that it cannot be compared yet."""
+    shutil.copyfile(tmp_path / "whole" / ONE, emptied / ONE)
+    assert_stops(emptied, f"{ONE}: is newer than", f"{emptied / TWO} is emptied; download that")
+    shutil.copyfile(tmp_path / "whole" / TWO, emptied / TWO)
+    main(emptied, tmp_path / "out", delete_source=True)
+    assert is_emptied(emptied / ONE) and is_emptied(emptied / TWO)
 
 
 def test_verify_advises_no_deletion_of_what_cannot_be_made_again(emptied, tmp_path, capsys):
