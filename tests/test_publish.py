@@ -48,6 +48,8 @@ from fp8_cast_bf16 import CheckpointError, cli, main
 AS_NOBODY = """
 import os, sys, fp8_cast_bf16 as f
 f.versions()  # While the packages can be seen; they may be root's own.
+with f.torch.device("cpu"):  # which torch imports more for
+    pass
 os.setgroups([])
 os.setgid(65534)
 os.setuid(65534)
