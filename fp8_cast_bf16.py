@@ -3120,9 +3120,9 @@ def tell_state(state: OutputState, plan: Plan, options: Options, record: Report)
     if state.replaced:
         say("To be replaced (made from another input, or read differently): "
             f"{', '.join(state.replaced)}")
-    newer = {tensor.path.name for shard in plan.shards if shard.name in state.done
-             for step in shard.steps for tensor in step.sources if not tensor.emptied
-             and tensor.path.stat().st_mtime_ns > (out / shard.name).stat().st_mtime_ns}
+    newer = {path.name for shard in plan.shards if shard.name in state.done
+             for path in {t.path for step in shard.steps for t in step.sources if not t.emptied}
+             if path.stat().st_mtime_ns > (out / shard.name).stat().st_mtime_ns}
     if newer:
         say(f"Input files newer than their output: {', '.join(sorted(newer))}; run --verify to be "
             "sure")
