@@ -2462,10 +2462,14 @@ class OutputState:
         return not (self.needed or self.files or self.stale)
 
 
+def header_size(path: Path) -> int:
+    return 8 + int.from_bytes(read_bytes(path, 0, 8), "little")
+
+
 def is_ours(path: Path) -> bool:
     """Return whether a file carries a fingerprint."""
-    size = int.from_bytes(read_bytes(path, 0, 8), "little")
-    return f'"{FINGERPRINT_KEY}":"'.encode() in read_bytes(path, 8, min(size, HEADER_LIMIT))
+    header = read_bytes(path, 0, min(header_size(path), HEADER_LIMIT))
+    return f'"{FINGERPRINT_KEY}":"'.encode() in header
 
 
 def find_done(shards: list[Shard], out: Path, workers: int) -> set[str]:
@@ -2745,10 +2749,6 @@ def emptying_order(plan: Plan, done: set[str]) -> list[tuple[Shard, list[Path]]]
             order.append((shards[name], [path for path, names in left.items() if not names]))
             left = {path: names for path, names in left.items() if names}
     return order
-
-
-def header_size(path: Path) -> int:
-    return 8 + int.from_bytes(read_bytes(path, 0, 8), "little")
 
 
 def data_on_disk(path: Path) -> int:

@@ -510,16 +510,11 @@ def stopped(folder, number, prefix):
     return process.returncode
 
 
-def on_terminal(source, columns, setup=""):
-    """Convert in small windows with stderr on a terminal; return what was shown."""
+def shown_on_terminal(command, columns):
+    """Run a command with stderr on a terminal; return what was shown there."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 25, columns, 0, 0))
-    code = ("import sys, time, fp8_cast_bf16 as f; f.WINDOW = 1 << 13; real = f.render\n"
-            "f.render = lambda *given: (time.sleep(0.05), real(*given))[1]\n"
-            "sys.exit(f.cli(sys.argv[1:]))")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments(source, "--workers", "1")], stderr=theirs,
-        stdout=subprocess.DEVNULL, cwd=ROOT)
+    process = subprocess.Popen(command, stderr=theirs, stdout=subprocess.DEVNULL, cwd=ROOT)
     os.close(theirs)
     seen = b""
     while True:
@@ -529,7 +524,17 @@ def on_terminal(source, columns, setup=""):
             break
     os.close(ours)
     assert process.wait() == 0
-    lines = [line for line in re.split(r"[\r\n]+", seen.decode()) if "writing" in line]
+    return seen.decode()
+
+
+def on_terminal(source, columns):
+    """Convert in small windows with stderr on a terminal; return a line from the middle."""
+    code = ("import sys, time, fp8_cast_bf16 as f; f.WINDOW = 1 << 13; real = f.render\n"
+            "f.render = lambda *given: (time.sleep(0.05), real(*given))[1]\n"
+            "sys.exit(f.cli(sys.argv[1:]))")
+    command = [sys.executable, "-c", code, *arguments(source, "--workers", "1")]
+    seen = shown_on_terminal(command, columns)
+    lines = [line for line in re.split(r"[\r\n]+", seen) if "writing" in line]
     assert max(map(len, lines)) <= columns
     return lines[len(lines) // 2]
 
@@ -698,20 +703,9 @@ def test_conversion_from_python_leaves_the_threads_of_torch_as_they_were(source)
 
 
 def test_progress_goes_to_a_terminal_only(source):
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 25, 80, 0, 0))
-    process = subprocess.Popen([*SCRIPT, *arguments(source)], stderr=theirs)
-    os.close(theirs)
-    seen = b""
-    while True:
-        try:
-            seen += os.read(ours, 4096)
-        except OSError:  # the other side is closed
-            break
-    os.close(ours)
-    assert process.wait() == 0
-    assert b"writing: 100%" in seen
-    assert b"B/s]" in seen
+    seen = shown_on_terminal([*SCRIPT, *arguments(source)], 80)
+    assert "writing: 100%" in seen
+    assert "B/s]" in seen
 
 
 def test_the_demo_is_made_without_numpy(tmp_path):
