@@ -231,14 +231,17 @@ def is_like(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name.lower(), pattern.lower()) for pattern in patterns)
 
 
-def walk(value) -> Iterator[tuple[str, object]]:
-    """Yield every key of the objects in a JSON value with its value, at any depth."""
+def walk(value, skip: Callable = lambda key, value: False) -> Iterator[tuple[str, object]]:
+    """Yield every key of the objects in a JSON value with its value, at any depth, except entries
+    to skip and whatever is below them.
+    """
     queue = [value]
     while queue:
         value = queue.pop()
         if isinstance(value, dict):
-            yield from value.items()
-            queue += value.values()
+            entries = [entry for entry in value.items() if not skip(*entry)]
+            yield from entries
+            queue += [item for _, item in entries]
         elif isinstance(value, list):
             queue += value
 
@@ -628,6 +631,9 @@ FORMATS = [
     # export/export_to_llmcompressor
     Format("compressed-tensors MXFP4", "{}_packed", "{}_scale", words("U8"), EXPONENTS, "E2M1",
            words("compressed-tensors auto-round"), (32,)),
+    # radixark/miles tools/convert_mimo_v2_to_bf16.py: the method is fp8, whatever the experts are.
+    Format("experts of MiMo-V2.5 and V2.6 (MXFP4)", "weight", "weight_scale", words("U8"),
+           words("U8"), "E2M1", words("fp8"), (32,), requires=("store_dtype", "mxfp4")),
     # vllm-project/vllm layers/quantization/quark/schemes/quark_ocp_mx.py; NVIDIA/Model-Optimizer
     # torch/quantization/qtensor/mxfp4_tensor.py
     Format("MXFP4 of Quark and ModelOpt", "{}", MODELOPT, words("U8"), EXPONENTS, "E2M1",
@@ -681,6 +687,8 @@ UNKNOWN_METHODS = "quantization_bit", "quant_type", "dfloat11_config"  # Keys of
 # Quark's, auto-round's, SDNQ's and ComfyUI's keys; what Quark rotates offline (r1, r2) needs
 # nothing.
 ROTATIONS = words("rotation_config hadamard_config use_hadamard online_r1_rotation r3 r4 convrot")
+# Sections of a config that say nothing of weights: Quark's, and those of compressed-tensors.
+NOT_OF_WEIGHTS = re.compile("input_tensors|output_tensors|.*activations|.*cache.*", re.DOTALL)
 BLOCK_SIZES_LIMIT = 64  # Any more that a config names are ignored.
 SMALL_LIMIT = 16 << 20  # Bytes of a tensor that planning reads: zero points, group indices, notes.
 
@@ -691,14 +699,14 @@ class Evidence:
 
     methods: every quant_method, {""} where there is none. facts: the texts that stand under each
     key of a quantization config. block_sizes: rows and columns. int4_groups: group sizes of INT4, 0
-    for whole rows. heads: numbers of attention heads.
+    for whole rows. heads: numbers of attention heads, if the config names a quantized cache.
     """
 
     methods: frozenset[str]
     facts: dict[str, set[str]]
     block_sizes: tuple[tuple[int, int], ...]
     int4_groups: tuple[int, ...]
-    heads: frozenset[int]
+    heads: frozenset[int] | None
 
     def __str__(self) -> str:
         methods = sorted(self.methods - {""})
@@ -714,6 +722,9 @@ def contradiction(key: str, value) -> str | None:
             return "transform_config changes activations at run time"
         case "sparsity_structure", str() if value not in ("dense", "unstructured", "0:0"):
             return "sparsity_config has weights stored without their zeros"
+        # intel/neural-compressor fp8_quant/_quant_common/helper_modules.py
+        case "fp8_config", _ if value:
+            return "Intel Neural Compressor stores the weights of some layers transposed"
         case "quant_method", "sdnq":  # Disty0/sdnq src/sdnq/dequantizer.py
             return "sdnq stores weights regrouped, transposed or rotated"
         case "swap_weight_nibbles", _ if value:
@@ -754,11 +765,18 @@ def read_notes(checkpoint: Checkpoint) -> Iterator:
             yield {"comfy_format": name}
 
 
-def read_block_sizes(sections: list) -> tuple[tuple[int, int], ...]:
+def says_nothing(key: str, value) -> bool:
+    """Return whether an entry of a config, and all below it, is not about quantized weights."""
+    # intel/auto-round export: extra_config names layers that stay as they are, with 16 bits.
+    return bool(NOT_OF_WEIGHTS.fullmatch(key)) or (
+        isinstance(value, dict) and value.get("bits") == 16)
+
+
+def read_block_sizes(entries: list[tuple[str, object]]) -> tuple[tuple[int, int], ...]:
     sizes = []
-    for key, value in walk(sections):
+    for key, value in entries:
         match key, value:
-            case "weight_block_size" | "block_structure", [int(rows), int(cols)]:
+            case "weight_block_size" | "block_structure" | "block_size", [int(rows), int(cols)]:
                 sizes.append((rows, cols))
             case "block_structure", str() if m := re.fullmatch(r"(\d{1,9})x(\d{1,9})", value):
                 sizes.append((int(m[1]), int(m[2])))
@@ -768,14 +786,14 @@ def read_block_sizes(sections: list) -> tuple[tuple[int, int], ...]:
     return tuple(known)[:BLOCK_SIZES_LIMIT]
 
 
-def read_int4_groups(sections: list) -> tuple[int, ...]:
+def read_int4_groups(entries: list[tuple[str, object]]) -> tuple[int, ...]:
     """Return the group sizes of packed integers, or () if any of them is not symmetric INT4.
 
     vllm-project/compressed-tensors: each group of layers may have its own format. W8A16 has the
     same tensors as INT4, and its scales have shapes that would fit INT4, too.
     """
     sizes = []
-    for _, group in walk(sections):
+    for _, group in entries:
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict) or weights.get("type", "int") != "int" or group.get(
                 "format") not in (None, "pack-quantized"):
@@ -787,32 +805,43 @@ def read_int4_groups(sections: list) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def read_evidence(checkpoint: Checkpoint) -> Evidence:
-    """Collect what configs and notes say. Raises CheckpointError for what cannot be undone."""
-    config = checkpoint.files.get(CONFIG_NAME, {})
-    sections = [value for key, value in walk(config) if key in QUANTIZATION_KEYS]
-    sections += [checkpoint.files.get(SIDECAR_NAME), *read_notes(checkpoint)]
-    params, nvidia = (checkpoint.files.get(name, {}).get("quantization")
-                      for name in (PARAMS_NAME, NVIDIA_CONFIG_NAME))
-    facts, numbers = {}, {}
-    for key, value in walk([*sections, params, nvidia]):
-        if isinstance(value, str):
-            facts.setdefault(key, set()).add(value)
-        if problem := contradiction(key, value):
-            raise CheckpointError(f"{checkpoint.root / CONFIG_NAME}: {problem}; {OTHER_TOOL}")
+def count_heads(config: dict) -> frozenset[int]:
+    """Return the numbers of attention heads in a config that are no head's dimension, too."""
+    numbers = {}
     for key, value in walk(config):
         if isinstance(value, int):
             numbers.setdefault(key, set()).add(value)
-    methods = facts.get("quant_method", set()) | facts.get("comfy_format", set())
-    methods |= {"modelopt"} if any(key == "quant_algo" for key, _ in walk(nvidia)) else set()
-    methods |= {"mistral"} if any(key == "qformat_weight" for key, _ in walk(params)) else set()
-    plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-    methods |= {key for key, value in walk(plain) if key in UNKNOWN_METHODS and value}
     heads, kv_heads, head_dims, widths = (numbers.get(key, set()) for key in (
         "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"))
     head_dims |= {width // count for width in widths for count in heads if count}
-    return Evidence(frozenset(methods or [""]), facts, read_block_sizes(sections),
-                    read_int4_groups(sections), frozenset((heads | kv_heads) - head_dims))
+    return frozenset((heads | kv_heads) - head_dims)
+
+
+def read_evidence(checkpoint: Checkpoint) -> Evidence:
+    """Collect what configs and notes say. Raises CheckpointError for what cannot be undone."""
+    config = checkpoint.files.get(CONFIG_NAME, {})
+    said = {CONFIG_NAME: [value for key, value in walk(config) if key in QUANTIZATION_KEYS],
+            SIDECAR_NAME: checkpoint.files.get(SIDECAR_NAME), "": [*read_notes(checkpoint)]}
+    entries = [*walk([*said.values()], says_nothing)]
+    said |= {name: checkpoint.files.get(name, {}).get("quantization")
+             for name in (PARAMS_NAME, NVIDIA_CONFIG_NAME)}
+    for name, section in said.items():
+        for key, value in walk(section):
+            if problem := contradiction(key, value):
+                raise CheckpointError(f"{checkpoint.root / name}: {problem}; {OTHER_TOOL}")
+    facts, sections = {}, [*said.values()]
+    for key, value in walk(sections, says_nothing):
+        if isinstance(value, str):
+            facts.setdefault(key, set()).add(value)
+    methods = facts.get("quant_method", set()) | facts.get("comfy_format", set())
+    methods |= {"modelopt"} if "quant_algo" in dict(walk(said[NVIDIA_CONFIG_NAME])) else set()
+    methods |= {"mistral"} if "qformat_weight" in dict(walk(said[PARAMS_NAME])) else set()
+    plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    methods |= {key for key, value in walk(plain) if key in UNKNOWN_METHODS and value}
+    cached = any((key.startswith("kv_cache") and value) or value == "attn_head"
+                 for key, value in walk(sections))
+    return Evidence(frozenset(methods or [""]), facts, read_block_sizes(entries),
+                    read_int4_groups(entries), count_heads(config) if cached else None)
 
 
 def read_integers(tensor: Tensor) -> list[int]:
@@ -1067,6 +1096,7 @@ def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
 
 # account: every tensor that takes part in a quantization is known
 
+ONES = {"F32": b"\0\0\x80\x3f", "BF16": b"\x80\x3f", "F16": b"\0\x3c"}  # Little-endian.
 INTEGERS = words("I8 U8 I16 U16 I32 U32")  # I64, U64 and BOOL never hold codes.
 # Never copied: only quantized weights have these dtypes. FNUZ bits mean other values.
 STRANGE_DTYPES = words("F4 F6_E2M3 F6_E3M2 F8_E4M3FNUZ F8_E5M2FNUZ F8_E8M0")
@@ -1094,6 +1124,9 @@ ORPHAN_LEAF = re.compile(
 # of activations that layers share, and ComfyUI's mark.
 CACHE_SCALES = words("q_scale k_scale v_scale kv_scale prob_scale prob_output_scale qscale_act "
                      "scaled_fp8")
+# These serve only a cache, whatever their shape: Tencent/AngelSlim compressor/quant/core/save.py;
+# vllm-project/vllm-ascend quantization/methods/kv_c8.py
+CACHE_NAME = re.compile(r"(.*\.)?(([kv]_cache|fa_[qkv])\.|kv_cache_)(scale|offset)", re.DOTALL)
 CACHE_OFFSETS = {"k_scale": "k_bias", "v_scale": "v_bias"}  # ModelOpt's affine key-value cache.
 ATTENTION_ZEROS = words("q_zero_point k_zero_point v_zero_point")  # vllm-project/llm-compressor
 
@@ -1137,18 +1170,24 @@ def require_zero(tensor: Tensor, zero: bytes) -> None:
 
 
 def find_cache_scales(tensors: dict[str, Tensor], evidence: Evidence) -> dict[str, Tensor]:
-    """Return what serves a quantized key-value cache: one scale, or one for each head.
+    """Return what serves a quantized key-value cache: one scale, or one for each head if a config
+    names such a cache.
 
-    Parameters may be called so, too (lucidrains/local-attention has a q_scale as long as a head).
+    Parameters may be called so, too (lucidrains/local-attention has a q_scale as long as a head),
+    so a q_scale needs such a config, or the scales of keys and values beside it.
     """
-    found = {}
+    found, heads = {}, evidence.heads
     for name, tensor in tensors.items():
-        sizes = {0, 1, 2} if tensor.leaf == "scaled_fp8" else {1} | evidence.heads
+        module = name.removesuffix(tensor.leaf)
+        alone = heads is None and not {f"{module}k_scale", f"{module}v_scale"} <= tensors.keys()
+        sizes = {0, 1, 2} if tensor.leaf == "scaled_fp8" else {1} | (heads or set())
         if tensor.leaf in ATTENTION_ZEROS:
             require_zero(tensor, b"\0")
-        elif tensor.leaf not in CACHE_SCALES or math.prod(tensor.shape) not in sizes:
+        elif not CACHE_NAME.fullmatch(name) and (
+                tensor.leaf not in CACHE_SCALES or math.prod(tensor.shape) not in sizes
+                or (tensor.leaf == "q_scale" and alone)):
             continue
-        offset = name.removesuffix(tensor.leaf) + CACHE_OFFSETS.get(tensor.leaf, tensor.leaf)
+        offset = module + CACHE_OFFSETS.get(tensor.leaf, tensor.leaf)
         found |= {key: tensors[key] for key in (name, offset) if key in tensors}
     return found
 
@@ -1209,6 +1248,21 @@ def is_side(tensor: Tensor, weight: Tensor, quantization: Quantization) -> bool:
         raise tensor.error(f"stands beside {weight.name} ({quantization.format.title}), and no "
                            f"known format has it; it would have to be applied; {OTHER_TOOL}")
     return False
+
+
+def is_dummy(tensor: Tensor, tensors: dict[str, Tensor]) -> bool:
+    """Return whether a tensor is a scale that ComfyUI's older files give a plain weight, or beside
+    one. Raises CheckpointError if that scale is not 1.
+    """
+    module = tensor.name.removesuffix(tensor.leaf)
+    weight, scale = tensors.get(f"{module}weight"), tensors.get(f"{module}scale_weight")
+    if tensor.leaf not in ("scale_weight", "scale_input") or not weight or not scale or (
+            weight.dtype not in FLOATS):
+        return False
+    if scale.dtype not in ONES or read_small(scale) != ONES[scale.dtype]:
+        raise scale.error(f"is not 1, and {weight.name} is {weight.dtype}; no known format has it; "
+                          f"it would have to be applied; {OTHER_TOOL}")
+    return True
 
 
 def bases_of(name: str, known: frozenset[str], needed: frozenset[str]) -> Iterator[str]:
@@ -1297,8 +1351,11 @@ def read_formats(checkpoint: Checkpoint) -> Reading:
     for name, tensor in tensors.items():
         if name in weights or name in dropped:
             continue
-        if sum(is_side(tensor, *weight) for weight in beside.get(tensor.module, ())):
+        if sum(is_side(tensor, *weight) for weight in beside.get(tensor.module, ())) or (
+                weights and is_dummy(tensor, tensors)):
             dropped[name] = tensor
+        elif weights and name.endswith("_rot"):  # vllm-project/vllm-ascend: indexer.q_rot
+            raise tensor.error(f"is a rotation, which would have to be applied; {OTHER_TOOL}")
         else:
             rest.append(tensor)
     missing, orphans = judge_rest(rest, evidence)

@@ -257,8 +257,35 @@ def test_name_that_only_begins_like_a_fused_weight_is_a_parameter(tmp_path, name
 def test_cache_scales_with_one_element_or_one_per_head_are_dropped(tmp_path, shape):
     scales = {f"attn.{letter}_scale": rand(*shape) for letter in "kv"}
     scales["attn.q_scale"] = rand(*(8 if size == 2 else size for size in shape))
-    config = {**CONFIG, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    config |= method("fp8", kv_cache_scheme={"num_bits": 8})
     convert(tmp_path, {**FP8_WEIGHT, **scales}, FP8_VALUES, config)
+
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("key", ["kv_cache_scheme", "kv_cache_quant_algo", "kv_cache_quant_config"])
+@pytest.mark.parametrize("cache", [None, "FP8"])
+@pytest.mark.parametrize(
+    "leaf, shape", [("q_scale", ()), ("q_scale", (8, 1, 1)), ("k_scale", (2,))]
+)
+def test_scale_that_may_be_learned_is_dropped_only_where_a_config_names_a_cache(
+    tmp_path, leaf, shape, key, cache
+):
+    # A tower that is not quantized may have such parameters, beside quantized layers of others.
+    learned = {f"visual.attn.{leaf}": rand(*shape)}
+    expected = FP8_VALUES | ({} if cache else learned)
+    convert(tmp_path, {**FP8_WEIGHT, **learned}, expected, HEADS | method("fp8", **{key: cache}))
+
+
+@pytest.mark.parametrize("beside, dropped", [("k", False), ("v", False), ("kv", True)])
+def test_single_scale_of_queries_is_dropped_beside_those_of_keys_and_values(
+    tmp_path, beside, dropped
+):
+    query, others = {"a.q_scale": rand()}, {f"a.{letter}_scale": rand(1) for letter in beside}
+    expected = FP8_VALUES | ({} if dropped else query)
+    convert(tmp_path, {**FP8_WEIGHT, **query, **others}, expected, CONFIG)
 
 
 @pytest.mark.parametrize("config", [None, {"num_attention_heads": 8, "num_key_value_heads": 2}])
@@ -500,6 +527,12 @@ LAYOUTS = [  # what it is, its tensors and config, and one of the words that the
     ("Gemma QAT mobile, embedding",
      at("e", embedding_quantized=BYTES, embedding_scale=rand(4, 1)), method("gemma"),
      "e.embedding_quantized"),
+    # intel/neural-compressor fp8_quant/_quant_common/helper_modules.py: stored [in, out]
+    ("Intel Neural Compressor",
+     at("l", **{"weight": finite_codes(8, 8), "scale_weight": rand(8, dtype=BF16),
+                "scale_input": rand(), "quant_input.scale_inv": rand()}),
+     {"quantization_config": {"fp8_config": "E4M3", "hp_dtype": "bf16", "mode": "LOAD"}},
+     "config.json: Intel Neural Compressor"),
     # huggingface/transformers integrations/bitnet.py: [N / 4, K], two bits
     ("BitNet", at("l", weight=packed(1, 32), weight_scale=rand(1)), method("bitnet"), "l.weight"),
     # NVIDIA/TensorRT-LLM pack_int8_tensor_to_packed_int4, whose writer deletes quantization_config
@@ -677,6 +710,13 @@ def test_sidecar_config_names_a_method_as_well(tmp_path):
     write_checkpoint(tmp_path / "in", {}, {}, index=False)
     (tmp_path / "in/quantization_config.json").write_text('{"quant_method": "gptq"}')
     assert_refused(tmp_path, {"l.weight": every_code(64, 64, torch.int8)}, "l.weight (I8)")
+
+
+def test_sidecar_config_of_intel_neural_compressor_is_refused_by_its_name(tmp_path):
+    # Not every layer is transposed, so even an FP8 weight with a known scale cannot be read.
+    write_json(tmp_path / "in/quantization_config.json", {"fp8_config": "E4M3", "mode": "LOAD"})
+    tensors = {"l.weight": finite_codes(4, 8), "l.scale_weight": rand()}
+    assert_refused(tmp_path, tensors, "quantization_config.json: Intel", "transposed")
 
 
 def test_cache_scales_are_parameters_where_nothing_is_quantized(tmp_path):

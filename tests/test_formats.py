@@ -264,7 +264,7 @@ def test_autofp8_and_modelopt_per_tensor(tmp_path):
         **{"a.attn.v_scale": rand(1), "a.attn.q_scale": rand(), "a.attn.prob_scale": rand()},
     }
     expected = {"a.k_proj.weight": dequantized(codes, scale.view(1, 1), (60, 70))}
-    config = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}
+    config = method("modelopt", quant_algo="FP8", kv_cache_quant_algo="FP8")
     convert(tmp_path, tensors, expected, config)
 
 
@@ -452,6 +452,85 @@ def test_grid_for_each_part_is_for_fused_qkv_only(tmp_path):
     tensors = {"o_proj.weight": finite_codes(1356, 128), "o_proj.weight_scale_inv": rand(12, 1)}
     with pytest.raises(CheckpointError, match="no block size fits"):
         convert(tmp_path, tensors, {})
+
+
+@pytest.mark.parametrize("names", ["kv", "vk"])
+def test_keys_and_values_that_mimo_v2_flash_quantized_as_one_matrix_are_refused(tmp_path, names):
+    # sgl-project/sglang-jax 969, vllm-project/vllm 57508: 320 rows of each head are one matrix, so
+    # the first half of a head of V takes the second scale of its K; alone, V would fit 128x128.
+    rows = {"k": (768, 8), "v": (512, 4)}
+    tensors = {}
+    for name in names:
+        tensors[f"{name}_proj.weight"] = finite_codes(rows[name][0], 256)
+        tensors[f"{name}_proj.weight_scale_inv"] = rand(rows[name][1], 2)
+    complaints = "k_proj.weight is [768, 256]", "[8, 2]", "no block size fits"
+    assert_refused(tmp_path, tensors, *complaints, config=CONFIG)
+
+
+MIMO = {**FP8_CONFIG, "store_dtype": "mxfp4", "mxfp4_block_size": 32}
+
+
+def test_mxfp4_experts_of_mimo_stand_beside_fp8_blocks(tmp_path):
+    # radixark/miles tools/convert_mimo_v2_to_bf16.py
+    codes, raw = packed(30, 48), exponents(30, 3)
+    dense, scale = finite_codes(200, 160), rand(2, 2)
+    name = "model.layers.1.mlp.experts.0.up_proj"
+    tensors = {f"{name}.weight": codes, f"{name}.weight_scale": raw}
+    tensors |= {"o_proj.weight": dense, "o_proj.weight_scale_inv": scale}
+    expected = {f"{name}.weight": dequantized(fp4_values(codes), powers(raw), (1, 32))}
+    expected["o_proj.weight"] = dequantized(dense, scale)
+    convert(tmp_path / "mimo", tensors, expected, {"quantization_config": MIMO})
+    assert_refused(tmp_path / "fp8", tensors, f"{name}.weight", config=CONFIG)
+
+
+def quark_config(**layer):
+    """Return a config of Quark with MXFP4 for all layers but q_proj."""
+    weight = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+    more = {"layer_quant_config": {"*q_proj": layer}} if layer else {}
+    return {"global_quant_config": {"weight": weight, "input_tensors": weight}, "export": {}} | more
+
+
+def test_fp8_blocks_stand_beside_mxfp4_of_quark(tmp_path):
+    # amd/GLM-5.3-Quark-MXFP4-AttnFP8: vllm-project/vllm 54556, sgl-project/sglang 38998
+    codes, raw = packed(30, 48), exponents(30, 3)
+    dense, scale = finite_codes(256, 256), rand(2, 2)
+    tensors = {"e.weight": codes, "e.weight_scale": raw}
+    tensors |= {"q_proj.weight": dense, "q_proj.weight_scale": scale}
+    expected = {"e.weight": dequantized(fp4_values(codes), powers(raw), (1, 32))}
+    expected["q_proj.weight"] = dequantized(dense, scale)
+    block = {"dtype": "fp8_e4m3", "qscheme": "per_block", "block_size": [128, 128]}
+    entries = quark_config(weight=block, input_tensors={"dtype": "fp8_e4m3", "group_size": 128})
+    convert(tmp_path, tensors, expected, method("quark", **entries))
+
+
+@pytest.mark.parametrize(
+    "place", ["input_tensors", "output_tensors", "input_activations", "kv_cache_quant_config"]
+)
+def test_sizes_and_dtypes_of_activations_and_caches_say_nothing_of_weights(tmp_path, place):
+    # With the group size, blocks of 64 would be refused; with the dtype, the FP4 weights.
+    codes, raw = packed(30, 48), exponents(30, 3)
+    dense, scale = finite_codes(256, 256), rand(4, 4)
+    tensors = {"e.weight": codes, "e.weight_scale": raw}
+    tensors |= {"q_proj.weight": dense, "q_proj.weight_scale": scale}
+    expected = {"e.weight": dequantized(fp4_values(codes), powers(raw), (1, 32))}
+    expected["q_proj.weight"] = dequantized(dense, scale, (64, 64))
+    other = {"dtype": "fp6_e2m3", "scale_format": "e5m3", "group_size": 16, "block_size": [9, 9]}
+    config = method("quark", global_quant_config={"weight": {"dtype": "fp4"}, place: [other]})
+    convert(tmp_path / "fine", tensors, expected, config)
+    config = method("quark", global_quant_config={"weight": {"dtype": "fp6_e2m3"}})
+    assert_refused(tmp_path / "weight", tensors, "e.weight", config=config)
+
+
+def test_layers_that_auto_round_leaves_in_16_bits_say_nothing_of_the_others(tmp_path):
+    # intel/auto-round missing_tensors.py
+    codes, raw = packed(30, 48), exponents(30, 3)
+    tensors = {"l.weight_packed": codes, "l.weight_scale": raw}
+    expected = {"l.weight": dequantized(fp4_values(codes), powers(raw), (1, 32))}
+    extra = {"mtp.fc": {"bits": 16, "data_type": "fp"}}
+    config = method("auto-round", bits=4, data_type="mx_fp", extra_config=extra)
+    convert(tmp_path / "16", tensors, expected, config)
+    config["quantization_config"]["extra_config"]["mtp.fc"]["bits"] = 4
+    assert_refused(tmp_path / "4", tensors, "l.weight_packed", config=config)
 
 
 def test_step3_and_fused_experts(tmp_path):
@@ -1036,6 +1115,55 @@ def test_zero_points_of_quantized_attention_that_are_not_zero_are_refused(tmp_pa
     config = ct_config(type="float", strategy="channel")
     tensors, _ = quantized_attention(torch.ones(1).to(E4M3))
     assert_refused(tmp_path, tensors, "self_attn.", "_zero_point", config=config)
+
+
+# vllm-project/vllm-ascend quantization/methods/kv_c8.py and modelslim_config.py, beside MXFP8 whose
+# method stands in quant_model_description.json only
+ASCEND_CACHE = {
+    **{f"a.fa_{kind}.scale": rand(4, 1) for kind in "qkv"},
+    **{f"a.fa_{kind}.offset": torch.ones(4, 1, dtype=torch.int8) for kind in "qkv"},
+    **{f"a.{kind}_proj.kv_cache_scale": rand(64) for kind in "kv"},
+    **{f"a.{kind}_proj.kv_cache_offset": rand(64) for kind in "kv"},
+}
+MXFP8 = {"a.k_proj.weight": finite_codes(50, 96), "a.k_proj.weight_scale": exponents(50, 3)}
+# Tencent/AngelSlim compressor/quant/core/save.py, PTQSaveVllmHF
+ANGELSLIM_CACHE = {f"a.{kind}_cache.scale": rand() for kind in "kv"}
+
+
+@pytest.mark.parametrize("cache", [ASCEND_CACHE, ANGELSLIM_CACHE], ids=["Ascend", "AngelSlim"])
+def test_scales_and_offsets_of_a_cache_are_dropped_under_any_name(tmp_path, capsys, cache):
+    values = dequantized(MXFP8["a.k_proj.weight"], powers(MXFP8["a.k_proj.weight_scale"]), (1, 32))
+    convert(tmp_path, {SHARD: MXFP8, "kv.safetensors": cache}, {"a.k_proj.weight": values}, {})
+
+
+@pytest.mark.parametrize("kind", "qk")
+def test_rotations_of_an_indexer_are_refused(tmp_path, kind):
+    tensors = {**MXFP8, f"a.indexer.{kind}_rot": rand(128, 128, dtype=torch.bfloat16)}
+    assert_refused(tmp_path, tensors, f"a.indexer.{kind}_rot is a rotation")
+
+
+DUMMY = {"b.weight": rand(4, 4).bfloat16(), "b.scale_input": rand(), "b.bias": rand(4)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_scale_of_1_that_comfyui_gives_a_plain_weight_is_dropped(tmp_path, shape, dtype):
+    # silveroxides/convert_to_quant format_migration.py
+    codes, scale = finite_codes(50, 60), torch.tensor(0.001)
+    tensors = {"scaled_fp8": torch.zeros(0).to(E4M3), "a.weight": codes, "a.scale_weight": scale}
+    tensors |= {**DUMMY, "b.scale_weight": torch.ones(shape, dtype=dtype)}
+    expected = {"a.weight": dequantized(codes, scale.view(1, 1), (50, 60))}
+    expected |= {name: DUMMY[name] for name in ("b.weight", "b.bias")}
+    convert(tmp_path, tensors, expected)
+    with pytest.raises(CheckpointError, match=r"b\.scale_weight has to be read to plan"):
+        main(tmp_path / "in", tmp_path / "other", delete_source=True)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(1.0000001), torch.tensor(1.0).double(), rand(4)])
+def test_scale_that_is_not_1_beside_a_plain_weight_is_refused(tmp_path, scale):
+    tensors = {"a.weight": finite_codes(4, 4), "a.scale_weight": rand()}
+    assert_refused(tmp_path, {**tensors, **DUMMY, "b.scale_weight": scale}, "b.scale_weight is not")
 
 
 # --- configs ---
