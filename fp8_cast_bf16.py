@@ -372,15 +372,16 @@ def find_shards(root: Path, index_name: str, index: dict | None) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def check_whole(root: Path, shards: list[str]) -> None:
-    """Raise CheckpointError if a numbered shard is missing or a download is unfinished.
+def check_whole(root: Path, shards: list[str], numbered: bool = False) -> None:
+    """Raise CheckpointError if a shard is missing or a download is unfinished.
 
-    The hub's client keeps unfinished files in .cache/huggingface/download (huggingface_hub
+    numbered: without an index, the numbers in the names of shards tell how many there must be. The
+    hub's client keeps unfinished files in .cache/huggingface/download (huggingface_hub
     _local_folder.py), under their names or hashes of those.
     """
     series = {}
     for name in shards:
-        if found := NUMBERED.fullmatch(name):
+        if numbered and (found := NUMBERED.fullmatch(name)):
             place = found[1], len(found[2]), found[3], found[4]
             series.setdefault(place, set()).add(int(found[2]))
         path = root / name
@@ -393,12 +394,15 @@ def check_whole(root: Path, shards: list[str]) -> None:
             if os.path.exists(mark):
                 raise CheckpointError(f"{path}: its download is not finished, as {mark} tells; "
                                       "finish it, or remove that file if it is stale")
+    expected = [shards]
     for (start, width, total, rest), numbers in series.items():
         wanted = range(int(0 not in numbers), int(total) + int(0 not in numbers))
-        names = (f"{start}-{number:0{width}}-of-{total}{rest}.safetensors"
-                 for number in wanted)
+        expected.append([f"{start}-{number:0{width}}-of-{total}{rest}.safetensors"
+                         for number in wanted])
+    for names in expected:
         if missing := [name for name in names if not os.path.lexists(root / name)]:
-            raise CheckpointError(f"{root}: {len(missing)} of {counted(int(total), 'shard')} "
+            raise CheckpointError(f"{root / missing[0]}: {len(missing)} of "
+                                  f"{counted(len(names), 'shard')} "
                                   f"{'is' if len(missing) == 1 else 'are'} missing, among them "
                                   f"{', '.join(missing[:5])}; the download is "
                                   "incomplete")
@@ -437,7 +441,7 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
         if index is None and len(series) == 1:
             index_name = "{}.safetensors.index{}.json".format(*series.pop())
         check_whole(top or root, [
-            (root.relative_to(top or root) / name).as_posix() for name in names])
+            (root.relative_to(top or root) / name).as_posix() for name in names], index is None)
     else:
         names = {path.name for path in root.glob("*.safetensors") if path.name[0] != "."}
         names = sorted(names - {Path(name).name for name in copied}

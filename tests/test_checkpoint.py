@@ -144,10 +144,17 @@ def numbered(total: str, *numbers: str) -> dict:
 
 @pytest.mark.parametrize("index", [False, True])
 def test_two_of_eight_shards_are_refused_by_the_names_of_the_missing(tmp_path, index):
-    source = tmp_path / "in"
-    write_checkpoint(source, numbered("00008", "00001", "00002"), CONFIG, index)
-    names = [f"model-0000{number}-of-00008.safetensors" for number in range(3, 8)]
-    assert_folder_refused(source, "6 of 8 shards are missing", *names, "incomplete")
+    source, numbers = tmp_path / "in", [f"0000{number}" for number in range(1, 9)]
+    write_checkpoint(source, numbered("00008", *numbers), CONFIG, index)
+    names = [f"model-{number}-of-00008.safetensors" for number in numbers[2:]]
+    for name in names:
+        (source / name).unlink()
+    assert_folder_refused(source, "6 of 8 shards are missing", *names[:5], "incomplete")
+
+
+def test_an_index_decides_which_shards_a_pruned_checkpoint_has(tmp_path):
+    shards = numbered("000163", "00001", "00042")
+    convert(tmp_path, shards, {name: t for shard in shards.values() for name, t in shard.items()})
 
 
 def test_a_shard_that_only_its_number_tells_of_is_named(tmp_path):
@@ -594,14 +601,26 @@ def test_an_adapter_in_a_folder_with_an_index_is_copied(tmp_path):
     assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["mtp-00001-of-00002", "model-00003-of-00004", "model-mtp"])
+def test_a_plain_shard_that_the_index_omits_is_copied(tmp_path, name):
+    given, expected = one_weight()
+    source = write_checkpoint(tmp_path / "in", {"model-00001-of-00001.safetensors": given}, CONFIG)
+    mtp = torch.rand(3)
+    save_file({"mtp.weight": mtp}, source / f"{name}.safetensors")
+    main(source, tmp_path / "out")
+    assert_holds(tmp_path / "out/model-00001-of-00001.safetensors", expected)
+    assert_holds(tmp_path / f"out/{name}.safetensors", {"mtp.weight": mtp})
+
+
 @pytest.mark.parametrize("scaled", [True, False])
-def test_an_fp8_file_beside_indexed_shards_is_refused(tmp_path, scaled):
+@pytest.mark.parametrize("name", ["other", "mtp-00001-of-00002"])
+def test_an_fp8_file_beside_indexed_shards_is_refused(tmp_path, scaled, name):
     source = write_checkpoint(tmp_path / "in", {SHARD: one_weight()[0]}, CONFIG)
     tensors = one_weight("other")[0]
     if not scaled:
         del tensors["other.weight_scale_inv"]
-    save_file(tensors, source / "other.safetensors")
-    assert_folder_refused(source, f"{source}/other.safetensors: is not named by {INDEX}",
+    save_file(tensors, source / f"{name}.safetensors")
+    assert_folder_refused(source, f"{source}/{name}.safetensors: is not named by {INDEX}",
                           "quantized", f"move it out of {source}")
 
 
