@@ -52,7 +52,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 try:
     import fcntl
@@ -202,6 +202,9 @@ class Tensor(NamedTuple):
 class Checkpoint:
     """What one folder holds: the metadata of each shard, by its path from there; all tensors, by
     name; and the JSON files, by name.
+
+    rivals: tensors of one name, dtype and shape of which no index says which counts. They may be
+    copies of a scale; read_formats refuses all others.
     """
 
     root: Path
@@ -209,6 +212,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     index_name: str
     files: dict[str, dict]
+    rivals: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 def is_regular(path: Path, root: Path) -> bool:
@@ -408,12 +412,7 @@ def check_whole(root: Path, shards: list[str], numbered: bool = False) -> None:
                                   "incomplete")
 
 
-def choose(rivals: list[Tensor], root: Path, weight_map: dict) -> Tensor:
-    """Return the one of several tensors of the same name that the index names, or raise."""
-    meant = root / str(weight_map.get(rivals[0].name))
-    for tensor in rivals:
-        if tensor.path == meant:
-            return tensor
+def refuse_rivals(rivals: list[Tensor]) -> NoReturn:
     raise rivals[1].error(f"stands in {rivals[0].path.name} too and no index says which counts; "
                           "remove the file that is not part of the checkpoint")
 
@@ -452,12 +451,18 @@ def load_checkpoint(root: Path, planned: list[str] | None = None,
             holders.setdefault(tensor.name, []).append(tensor)
     weight_map = (index or {}).get("weight_map")
     weight_map = weight_map if isinstance(weight_map, dict) else {}  # find_shards refuses an input.
-    tensors = {name: rivals[0] if len(rivals) == 1 else choose(rivals, root, weight_map)
-               for name, rivals in holders.items()}
+    tensors, rivals = {}, {}
+    for name, found in holders.items():
+        meant = root / str(weight_map.get(name))
+        tensors[name] = next((tensor for tensor in found if tensor.path == meant), found[0])
+        if len(found) > 1 and tensors[name].path != meant:
+            rivals[name] = found
+            if planned is not None or len({(tensor.dtype, tensor.shape) for tensor in found}) > 1:
+                refuse_rivals(found)
     for name, shard in weight_map.items():
         if name not in tensors and planned is None:
             raise CheckpointError(f"{root / shard}: {name} is not there; {index_name} names it")
-    return Checkpoint(root, shards, tensors, index_name, files)
+    return Checkpoint(root, shards, tensors, index_name, files, rivals)
 
 
 @contextmanager
@@ -694,7 +699,7 @@ ROTATIONS = words("rotation_config hadamard_config use_hadamard online_r1_rotati
 # Sections of a config that say nothing of weights: Quark's, and those of compressed-tensors.
 NOT_OF_WEIGHTS = re.compile("input_tensors|output_tensors|.*activations|.*cache.*", re.DOTALL)
 BLOCK_SIZES_LIMIT = 64  # Any more that a config names are ignored.
-SMALL_LIMIT = 16 << 20  # Bytes of a tensor that planning reads: zero points, group indices, notes.
+SMALL_LIMIT = 16 << 20  # Bytes of a tensor that planning reads; read_formats says which.
 
 
 @dataclass(frozen=True)
@@ -1333,8 +1338,8 @@ def judge_rest(rest: list[Tensor], evidence: Evidence) -> tuple[list[Tensor], li
 def read_formats(checkpoint: Checkpoint) -> Reading:
     """Recognize every quantized weight. Raises CheckpointError where anything is not known.
 
-    The only data it reads are zero points, orders of groups, shapes of INT4 weights and ComfyUI's
-    notes.
+    The only data it reads are zero points, orders of groups, shapes of INT4 weights, ComfyUI's
+    notes and dummy scales, and scales that stand in several shards.
     """
     for name in checkpoint.shards:
         if re.fullmatch(r"model(\d+-mp\d+|-rank-\d+-part-\d+)\.safetensors", name):
@@ -1364,6 +1369,10 @@ def read_formats(checkpoint: Checkpoint) -> Reading:
             rest.append(tensor)
     missing, orphans = judge_rest(rest, evidence)
     dropped |= {tensor.name: tensor for tensor in orphans}
+    for name, rivals in checkpoint.rivals.items():
+        if name not in dropped or rivals[0].size > SMALL_LIMIT or (
+                len({*map(read_small, [tensors[name], *rivals])}) > 1):
+            refuse_rivals(rivals)
     return Reading(weights, dropped, orphans, missing)
 
 
@@ -2397,7 +2406,7 @@ def is_adapter(path: Path, plan: Plan) -> bool:
     metadata, members = read_header(path)
     tensors = {tensor.name: tensor for tensor in members}
     reading = read_formats(replace(beside[0].checkpoint, shards={path.name: metadata},
-                                   tensors=tensors))
+                                   tensors=tensors, rivals={}))
     same = tensors.keys() & beside[0].checkpoint.tensors.keys()
     if same or reading.weights or reading.dropped or reading.missing:
         what = f"repeats {min(same)}" if same else "holds quantized weights"

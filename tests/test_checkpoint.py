@@ -32,6 +32,7 @@ from checkpoints import (
     assert_same_bits,
     contents,
     convert,
+    dequantized,
     edit_json,
     finite_codes,
     load_checkpoint,
@@ -744,6 +745,48 @@ def test_name_in_two_files_of_which_the_index_names_neither_is_refused(tmp_path)
     c = {"w": "c.safetensors"}
     edit_json(tmp_path / "in" / INDEX, lambda index: index["weight_map"].update(c))
     assert_folder_refused(tmp_path / "in", "w stands in 0.safetensors too")
+
+
+def twice(tensor, other, name="w.weight_scale_inv"):
+    """Return two shards of which each has a tensor of this name, and what comes out of them."""
+    codes, scale = finite_codes(130, 40), torch.full((2, 1), 0.001)
+    one, two = {"w.weight": codes, "w.weight_scale_inv": scale}, {"norm": torch.ones(3)}
+    expected = {"w.weight": dequantized(codes, scale), "norm": torch.ones(3)}
+    return {"a.safetensors": one | {name: tensor}, "b.safetensors": two | {name: other}}, expected
+
+
+@pytest.mark.parametrize(
+    "name, tensor", [("w.weight_scale_inv", torch.full((2, 1), 0.001)),
+                     ("w.input_scale", torch.ones(())), ("w.k_scale", torch.ones(1))])
+def test_equal_scales_in_two_shards_are_one(tmp_path, name, tensor):
+    # Tencent/AngelSlim stores the scales of its diffusion models so.
+    shards, expected = twice(tensor, tensor.clone(), name)
+    convert(tmp_path, shards, expected, CONFIG, index=False)
+    with pytest.raises(CheckpointError, match=rf"{name} has to be read to plan"):
+        main(tmp_path / "in", tmp_path / "other", delete_source=True)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("other", [torch.full((2, 1), 0.002), torch.full((2, 1), 0.001).bfloat16(),
+                                   torch.full((1, 2), 0.001)])
+def test_different_scales_in_two_shards_are_refused(tmp_path, other):
+    shards, _ = twice(torch.full((2, 1), 0.001), other)
+    source = write_checkpoint(tmp_path / "in", shards, CONFIG, index=False)
+    assert_folder_refused(source, "b.safetensors: w.weight_scale_inv stands in a.safetensors too")
+
+
+def test_equal_scales_that_are_too_large_to_read_for_planning_are_refused(tmp_path):
+    rows = (16 << 20) // 4 + 1
+    for name, tensors in {"a": {"w": ("F8_E4M3", [rows, 1])}, "b": {}}.items():
+        scale = {"w_scale_inv": ("F32", [rows, 1])}
+        write_raw(tmp_path / f"in/{name}.safetensors", {**tensors, **scale})
+    assert_folder_refused(tmp_path / "in", "b.safetensors: w_scale_inv stands in a.safetensors too")
+
+
+def test_equal_parameters_in_two_shards_are_refused(tmp_path):
+    shards, _ = twice(torch.ones(4), torch.ones(4), "w.bias")
+    source = write_checkpoint(tmp_path / "in", shards, CONFIG, index=False)
+    assert_folder_refused(source, "b.safetensors: w.bias stands in a.safetensors too")
 
 
 # --- configs ---
