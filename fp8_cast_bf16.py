@@ -255,8 +255,8 @@ def refuse_pointer(path: Path, start: bytes) -> None:
         raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
 
 
-def parse_json(path: Path, text: bytes) -> dict:
-    """Parse text from a file as a JSON object. Raises CheckpointError if it is not one."""
+def parse_json(path: Path, text: bytes):
+    """Parse text from a file as JSON. Raises CheckpointError if it is not valid."""
 
     def unique(pairs):
         value = dict(pairs)
@@ -272,16 +272,16 @@ def parse_json(path: Path, text: bytes) -> dict:
 
     refuse_pointer(path, text)
     try:
-        value = json.loads(text.decode(), object_pairs_hook=unique, parse_float=finite)
-        if not isinstance(value, dict):
-            raise ValueError("it is not an object")
+        return json.loads(text.decode(), object_pairs_hook=unique, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
-    return value
 
 
 def read_json(path: Path, root: Path) -> dict | None:
-    """Return the JSON object in a file of a checkpoint, or None if there is no such file."""
+    """Return the JSON object in a file of a checkpoint, or None if there is no such file.
+
+    A list called config_list.json is not a config: it is copied as any file is.
+    """
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):  # No other error means that it is absent.
@@ -294,7 +294,12 @@ def read_json(path: Path, root: Path) -> dict | None:
     limit = HEADER_LIMIT if fnmatch.fnmatchcase(path.name, INDEX_PATTERN) else CONFIG_LIMIT
     if (size := path.stat().st_size) > limit:
         raise CheckpointError(f"{path}: has {size} bytes; expected at most {limit}")
-    return parse_json(path, read_bytes(path))
+    value = parse_json(path, read_bytes(path))
+    if isinstance(value, dict):
+        return value
+    if path.name != CONFIG_NAME and fnmatch.fnmatchcase(path.name, CONFIG_PATTERN):
+        return None
+    raise CheckpointError(f"{path}: is not a JSON object; download it again")
 
 
 def read_entries(path: Path, header: dict, begin: int, end: int,
@@ -2384,6 +2389,11 @@ RANKS_NAME = "fp8_cast_bf16.ranks"  # Holds the digest of the plan while ranks w
 SIGNS = [CONFIG_NAME, PARAMS_NAME, INDEX_NAME, RANKS_NAME, *QUANTIZATION_FILES]
 
 
+# The parts of a config that describe a language model, in configs of several models.
+TEXT_CONFIGS = words("text_config llm_config language_config thinker_config talker_config")
+QUANTIZED_DTYPE = re.compile(r"(torch\.)?((nv|mx)?fp[48]|float[48]|u?int[48])", re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class SideFiles:
     """The files beside the shards, by path from the root: to copy, to leave out, to write anew."""
@@ -2432,21 +2442,28 @@ def belongs(path: Path, plan: Plan) -> bool:
     return True
 
 
-def bf16_config(value, dtype_keys: list[str] = DTYPE_KEYS):
-    """Return a config, or a part of one, that describes plain weights, BF16 by these keys."""
+def bf16_config(value, of_text: bool = True, plain: bool = False):
+    """Return a config, or a part of one, that describes plain weights.
+
+    of_text: the part describes the language model, so its dtype becomes bfloat16; other parts keep
+    theirs, unless a quantized one is named: their weights may all be copied. plain: no dtype
+    changes, because all weights are copied.
+    """
     if isinstance(value, list):
-        return [bf16_config(item, dtype_keys) for item in value]
+        return [bf16_config(item, False, plain) for item in value]
     if not isinstance(value, dict):
         return value
-    return {key: "bfloat16" if key in dtype_keys and isinstance(item, str)
-            else bf16_config(item, dtype_keys)
+    return {key: "bfloat16" if key in DTYPE_KEYS and isinstance(item, str) and not plain
+            and (of_text or QUANTIZED_DTYPE.match(item))
+            else bf16_config(item, of_text and key in TEXT_CONFIGS, plain)
             for key, item in value.items() if key not in QUANTIZATION_KEYS}
 
 
 def bf16_texts(part: Part) -> dict[str, str]:
     """Return the JSON files of a folder of the output by path, config.json last.
 
-    They are those of the input, and an index where there is more than one shard.
+    They are those of the input, byte for byte where nothing has to change, and an index where there
+    is more than one shard.
     """
     checkpoint, values = part.checkpoint, {}
     outputs = [step.output for shard in part.shards for step in shard.steps]
@@ -2462,14 +2479,15 @@ def bf16_texts(part: Part) -> dict[str, str]:
         try:
             # Plain weights stay as they are, and so does the dtype that they are loaded in.
             quantized = {key for key, _ in walk(checkpoint.files[name])} & {*QUANTIZATION_KEYS}
-            dtype_keys = DTYPE_KEYS if quantized or not plain else []
-            values[name] = config = bf16_config(checkpoint.files[name], dtype_keys)
+            kept = plain and not quantized
+            values[name] = config = bf16_config(checkpoint.files[name], plain=kept)
         except RecursionError as error:
             raise CheckpointError(f"{checkpoint.root / name}: nested too deep") from error
-        empty = [key for key in dtype_keys if key in config and config[key] is None]
+        empty = [key for key in DTYPE_KEYS if key in config and config[key] is None and not kept]
         config |= dict.fromkeys(empty[:1], "bfloat16")
-    return {(part.folder / name).as_posix(): json.dumps(value, indent=2) + "\n"
-            for name, value in values.items()}
+    return {(part.folder / name).as_posix():
+            read_bytes(checkpoint.root / name).decode() if value == checkpoint.files.get(name)
+            else json.dumps(value, indent=2) + "\n" for name, value in values.items()}
 
 
 def find_side_files(plan: Plan) -> SideFiles:

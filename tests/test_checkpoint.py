@@ -798,6 +798,55 @@ def test_config_that_is_no_object_is_refused(source, text):
     assert_folder_refused(source, "config.json")
 
 
+@pytest.mark.parametrize("text", ["[]", '[{"dtype": "float16"}]', "3", "null"])
+def test_a_list_that_is_called_like_a_config_is_copied(source, text):
+    (source / "config_list.json").write_text(text)
+    main(source, source.parent / "out")
+    assert (source.parent / "out/config_list.json").read_text() == text
+
+
+@pytest.mark.parametrize("text", ["{", "\xff", '{"a": 1, "a": 2}'])
+def test_a_config_that_is_not_valid_is_refused_under_any_name(source, text):
+    (source / "config_1m.json").write_text(text, encoding="latin-1")
+    assert_folder_refused(source, "config_1m.json: not valid JSON")
+
+
+@pytest.mark.parametrize("name", ["config.json", "config_1m.json", "params.json"])
+def test_a_config_that_needs_no_edit_is_copied_byte_for_byte(source, name):
+    text = '{"dtype":"bfloat16",\r\n\t"é": 1.50, "vision_config": {"dtype": "float32"} }'
+    (source / name).write_bytes(text.encode())
+    main(source, source.parent / "out")
+    assert (source.parent / "out" / name).read_bytes() == text.encode()
+    main(source, source.parent / "out", verify=True)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(
+    "place, given, dtype",
+    [
+        ([], "float16", "bfloat16"),
+        (["text_config"], "float32", "bfloat16"),
+        (["thinker_config", "text_config"], "float16", "bfloat16"),
+        (["vision_config"], "float32", "float32"),
+        (["vision_config", "text_config"], "float16", "float16"),
+        (["thinker_config", "audio_config"], "float16", "float16"),
+        (["rope_scaling"], "index", "index"),
+        (["vision_config"], "float8_e4m3fn", "bfloat16"),
+        (["vision_config"], "torch.float8_e5m2", "bfloat16"),
+        (["a", "b"], "int8", "bfloat16"),
+    ],
+)
+def test_dtype_becomes_bfloat16_for_text_and_where_it_names_a_quantized_one(
+    source, key, place, given, dtype
+):
+    config, expected = {key: given}, {key: dtype}
+    for part in reversed(place):
+        config, expected = {part: config}, {part: expected}
+    write_json(source / "config.json", config | CONFIG)
+    main(source, source.parent / "out")
+    assert json.loads((source.parent / "out/config.json").read_text()) == expected
+
+
 def test_dangling_links_are_not_taken_for_absence(source):
     for name in ("config.json", INDEX):
         (source / name).unlink(missing_ok=True)
