@@ -185,6 +185,32 @@ def test_plain_casts_may_have_larger_values_and_need_no_scale(tmp_path, capsys, 
     assert len(lines) == (0 if silent else 1)
 
 
+LIMITS = {  # How large a root mean square may be, by the name of the weight.
+    "model.embed_tokens": 32, "transformer.wte": 32, "shared": 32, "encoder.shared": 32,
+    "layers.0.norm.linear": 32, "l.embedding": 32,
+    "layers.3.mlp.shared_experts.up_proj": 4, "l.mlp.shared_expert.up_proj": 4, "l.q_proj": 4,
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_embeddings_and_norms_may_have_larger_values_than_other_weights(tmp_path, capsys, name):
+    for deviation in (3, 16, 64):
+        tensors = fp8_blocks(normal(deviation), name=name)
+        lines = warnings(tmp_path / str(deviation), capsys, tensors, CONFIG)
+        assert (f"{name}.weight" in "".join(lines)) == (deviation > LIMITS[name])
+
+
+def test_each_weight_of_a_kind_is_judged_by_its_own_name(tmp_path, capsys):
+    # Of one kind, the embedding may be large, but not the layers, whichever stands first.
+    for first, others in (("a_embed", "q"), ("q", "z_embed")):
+        tensors = fp8_blocks(normal(16), name=f"{first}.l")
+        for number in range(4):
+            tensors |= fp8_blocks(normal(16), name=f"{others}.{number}.{number}")
+        lines = warnings(tmp_path / first, capsys, tensors, CONFIG)
+        assert len(lines) == (others == "q")
+        assert all("q.0.0.weight" in line for line in lines)
+
+
 def test_weights_that_are_kept_in_fp8_are_not_judged(tmp_path, capsys):
     tensors = {"l.weight": torch.full((ROWS, COLS), 440.0).to(torch.float8_e4m3fn)}
     assert warnings(tmp_path, capsys, tensors) == []
