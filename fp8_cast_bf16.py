@@ -3129,7 +3129,7 @@ class Report:
     output: dict[str, int]
     dequantized: dict[str, int]
     copied: int
-    dropped: int
+    dropped: dict[str, int]
     dropped_scales_of_no_weight: list[str]
     kept_in_fp8: dict[str, str]
     cast_with_scale_1: list[str]
@@ -3160,7 +3160,10 @@ def tell_plan(report: Report) -> None:
         say(f"  {counted(count, 'weight')} to dequantize: {kind}")
     if not report.dequantized and not report.kept_in_fp8:
         say("No quantized weights: this is a plain copy")
-    say(f"  {counted(report.copied, 'tensor')} to copy, {counted(report.dropped, 'scale')} to drop")
+    say(f"  {counted(report.copied, 'tensor')} to copy")
+    if report.dropped:
+        kinds = (f"{count:,} {leaf}" for leaf, count in report.dropped.items())
+        say(f"Dropped: {', '.join(kinds)}")
     for name in report.kept_in_fp8:
         say(f"Warning: Missing scale_inv tensor for {name}, skipping conversion", sys.stderr)
     if report.files_left_out:
@@ -3177,6 +3180,8 @@ def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
     steps = [*plan.steps]
     tensors = [tensor for part in plan.parts for tensor in part.checkpoint.tensors.values()]
     kinds = Counter(kind_of(step) for step in steps if step.quantization)
+    dropped = Counter(tensor.leaf for part in plan.parts
+                      for tensor in part.reading.dropped.values())
     kept, cast = (plan.missing if options.missing_scale == policy else []
                   for policy in ("keep", "cast"))
     warnings = [f"{part.checkpoint.root}: has no {CONFIG_NAME}, so nothing can load the output"
@@ -3191,7 +3196,7 @@ def report_plan(plan: Plan, side: SideFiles, options: Options) -> Report:
         {"shards": len(plan.shards), "tensors": len(steps),
          "bytes": sum(shard.size for shard in plan.shards)},
         dict(kinds.most_common()), len(steps) - kinds.total(),
-        sum(len(part.reading.dropped) for part in plan.parts),
+        dict(dropped.most_common()),
         [tensor.name for part in plan.parts for tensor in part.reading.orphans],
         dict.fromkeys(kept, "no scale"), cast, side.left_out,
         find_apart_experts(plan), find_implausible(steps), warnings)
@@ -3323,7 +3328,7 @@ def tell_converted(record: Report, ranks: Ranks) -> None:
         limit = max(PHASES[:3], key=lambda phase: seconds[phase])
         say(f"Converted {counted(out['shards'], 'shard')}{already}, "
             f"{counted(out['tensors'], 'tensor')}: {sum(record.dequantized.values()):,} "
-            f"dequantized, {record.copied:,} copied, {counted(record.dropped, 'scale')} dropped; "
+            f"dequantized, {record.copied:,} copied, {sum(record.dropped.values()):,} dropped; "
             f"{sized(record.bytes_written)} written in {seconds['total']:.1f} s, "
             f"{record.bytes_written / seconds['total'] / 1e9:.2f} GB/s"
             + f", limited by {limit}" * (record.bytes_written > 0))

@@ -168,12 +168,30 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(source, capsys):
         "Input: 2 shards, 9 tensors, 162kB",
         "Output: 2 shards, 6 tensors, 325kB",
         "  3 weights to dequantize: E4M3, F32 scale per 128x128 block",
-        "  3 tensors to copy, 3 scales to drop",
-        lines[5],
+        "  3 tensors to copy",
+        "Dropped: 2 weight_scale_inv, 1 up_proj_scale_inv",
     ]
-    assert lines[5].startswith("Space: 344kB to write, ")
-    assert lines[5].endswith(" free; memory: 3 workers, at most 33.6MB each")
-    assert len(lines) == 6
+    assert lines[6].startswith("Space: 344kB to write, ")
+    assert lines[6].endswith(" free; memory: 3 workers, at most 33.6MB each")
+    assert len(lines) == 7
+
+
+def test_what_is_dropped_is_told_by_kind_the_most_common_first(tmp_path, capsys):
+    tensors, report = {"norm": torch.ones(3)}, tmp_path / "report.json"
+    for number in range(3):
+        tensors |= {f"{number}.k.weight": finite_codes(4, 4), f"{number}.k.weight_scale": rand(1)}
+        tensors |= {f"{number}.k_scale": rand()} if number else {}
+    write_checkpoint(tmp_path / "in", {SHARD: tensors | {"0.k.input_scale": rand()}}, CONFIG)
+    main(tmp_path / "in", tmp_path / "out", dry_run=True, report=report)
+    assert "Dropped: 3 weight_scale, 2 k_scale, 1 input_scale\n" in capsys.readouterr().out
+    told = json.loads(report.read_text())["dropped"]
+    assert told == {"weight_scale": 3, "k_scale": 2, "input_scale": 1}
+
+
+def test_a_plan_that_drops_nothing_does_not_speak_of_it(tmp_path, capsys):
+    write_checkpoint(tmp_path / "in", {SHARD: {"w": torch.ones(2)}}, {})
+    main(tmp_path / "in", tmp_path / "out", dry_run=True)
+    assert "ropped" not in capsys.readouterr().out
 
 
 def test_formats_are_named_in_the_plan(tmp_path, capsys):
