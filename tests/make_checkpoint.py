@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-with warnings.catch_warnings():  # torch regrets the absence of numpy, which nothing here needs
+with warnings.catch_warnings():  # torch warns when numpy is not installed; nothing here uses it
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     import torch
 
@@ -33,22 +33,18 @@ def quantize_per_block(weight: torch.Tensor, block: int = 128) -> tuple:
     return codes.contiguous().to(torch.float8_e4m3fn), scales
 
 
-def layer_tensors(
-    layer: int, hidden: int, generator: torch.Generator
-) -> Iterator[tuple[str, torch.Tensor]]:
+def layer_tensors(layer: int, hidden: int, generator: torch.Generator) -> Iterator[tuple]:
     """Yield one decoder layer: attention with ragged shapes, a router, and two experts."""
     prefix = f"model.layers.{layer}."
     intermediate = hidden * 2 // 7
+    up, down = (intermediate, hidden), (hidden, intermediate)
     shapes = {
         "self_attn.q_a_proj": (1536 * hidden // 7168, hidden),
         "self_attn.kv_a_proj_with_mqa": (576 * hidden // 7168 + 3, hidden),
-        "mlp.shared_experts.up_proj": (intermediate, hidden),
-        "mlp.shared_experts.down_proj": (hidden, intermediate),
-    }
+        "mlp.shared_experts.up_proj": up, "mlp.shared_experts.down_proj": down}
     for expert in range(2):
-        shapes[f"mlp.experts.{expert}.gate_proj"] = shapes["mlp.shared_experts.up_proj"]
-        shapes[f"mlp.experts.{expert}.up_proj"] = shapes["mlp.shared_experts.up_proj"]
-        shapes[f"mlp.experts.{expert}.down_proj"] = shapes["mlp.shared_experts.down_proj"]
+        shapes |= {f"mlp.experts.{expert}.{name}": up for name in ("gate_proj", "up_proj")}
+        shapes[f"mlp.experts.{expert}.down_proj"] = down
     for name, shape in shapes.items():
         weight = torch.randn(shape, generator=generator) * 0.02
         codes, scales = quantize_per_block(weight)
@@ -98,18 +94,10 @@ def make_checkpoint(out: Path, size: int, shards: int) -> None:
         total += sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "hidden_size": hidden,
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-        },
-        "torch_dtype": "bfloat16",
-    }
+    quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                    "weight_block_size": [128, 128]}
+    config = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
+              "hidden_size": hidden, "quantization_config": quantization, "torch_dtype": "bfloat16"}
     (out / "config.json").write_text(json.dumps(config, indent=2))
     print(f"{out}: {shards} shards, {len(weight_map)} tensors, {total} bytes")
 
@@ -174,13 +162,11 @@ def byte_count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Make an FP8 checkpoint with DeepSeek-V3's names and shapes."
-    )
+    description = "Make an FP8 checkpoint with DeepSeek-V3's names and shapes."
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
-    parser.add_argument(
-        "--size", type=byte_count, default=8 * 10**6, help="bytes, as 8M or 2.8G (default 8M)"
-    )
+    parser.add_argument("--size", type=byte_count, default=8 * 10**6,
+                        help="bytes, as 8M or 2.8G (default 8M)")
     parser.add_argument("--shards", type=int, default=2, help="number of files (default 2)")
     options = parser.parse_args()
     make_checkpoint(options.out, options.size, options.shards)
