@@ -18,28 +18,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 
+import checkpoints as c
 from fp8_cast_bf16 import CheckpointError, main
 
 SCRIPTS = Path(__file__).parent / "writers"
 WRITERS = os.environ.get("FP8_WRITERS")
 OUT = Path(os.environ.get("FP8_WRITERS_OUT", f"{WRITERS}-out"))
-CODES = {
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float8_e8m0fnu,
-    torch.int8,
-    torch.uint8,
-    torch.int32,
-}
+CODES = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.int8, torch.uint8,
+         torch.int32}
 
-pytestmark = [
-    pytest.mark.writers,
-    pytest.mark.skipif(
-        not WRITERS, reason="needs FP8_WRITERS, a folder for the tools' virtual environments"
-    ),
-]
+pytestmark = [pytest.mark.writers, pytest.mark.skipif(
+    not WRITERS, reason="needs FP8_WRITERS, a folder for the tools' virtual environments")]
 
 # tool -> the arguments of one `pip install` after another. The last word of the last one is the
 # distribution whose version the table shows. The tool's script is writers/write_TOOL.py, run as
@@ -49,24 +40,17 @@ TOOLS = {
     "llmcompressor": [
         "torch==2.13.0",
         "numpy accelerate datasets loguru nvidia-ml-py pillow pyyaml requests tqdm",
-        "transformers==5.17.0 compressed-tensors==0.19.0",
-        "--no-deps llmcompressor==0.14.0.1",
-    ],
+        "transformers==5.17.0 compressed-tensors==0.19.0", "--no-deps llmcompressor==0.14.0.1"],
     "torchao": ["torch==2.13.0", "numpy accelerate", "transformers torchao"],
     "gptqmodel": [
         "torch==2.13.0",
         "numpy accelerate datasets dill ninja packaging pillow protobuf requests threadpoolctl",
-        "torchao transformers",
-        "defuser device-smi logbar pypcre tokenicer",
-        "--no-deps gptqmodel",
-    ],
+        "torchao transformers", "defuser device-smi logbar pypcre tokenicer",
+        "--no-deps gptqmodel"],
     "modelopt": ["torch==2.13.0", "numpy accelerate requests transformers<5.15", "nvidia-modelopt"],
     "quark": ["torch==2.13.0", "numpy accelerate transformers", "amd-quark"],
-    "auto_round": [
-        "torch==2.13.0",
-        "numpy accelerate transformers compressed-tensors",
-        "auto-round",
-    ],
+    "auto_round": ["torch==2.13.0", "numpy accelerate transformers compressed-tensors",
+                   "auto-round"],
     "quanto": ["torch==2.13.0", "numpy accelerate transformers", "optimum-quanto"],
 }
 
@@ -74,9 +58,7 @@ TOOLS = {
 # regular expression)}. The first match counts. What matches none must come out exact.
 REFUSED: dict[str, dict[str, str]] = {
     "transformers": {},
-    "llmcompressor": {
-        r"(W4A16_.*_ASYM|W3A16_.*|W8A16_.*)-.*": "symmetric with num_bits 4",
-    },
+    "llmcompressor": {r"(W4A16_.*_ASYM|W3A16_.*|W8A16_.*)-.*": "symmetric with num_bits 4"},
     "torchao": {
         r"int4_pre_scale-.*": "pre_scale",
         r"int4_plain-.*": r"_qdata|zero_point",
@@ -105,24 +87,11 @@ REFUSED: dict[str, dict[str, str]] = {
 }
 
 
-def run(*command, **options):
-    """Run `command`, and return the finished process with its output as text, stderr joined to
-
-    stdout.
-    """
-    return subprocess.run(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-
-
-def check(*command):
-    result = run(*command)
-    assert result.returncode == 0, f"{command}: {result.stdout[-4000:]}"
-    return result.stdout
+def check(*command) -> str:
+    """Run a command that must succeed; return what it prints."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f"{command}: {done.stdout[-4000:]}"
+    return done.stdout
 
 
 def environment(tool: str) -> Path:
@@ -146,37 +115,16 @@ def written_cases(tool: str, python: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir())
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as shard:
-            found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-    return found
-
-
 def compare(case: Path, output: Path) -> str:
     """Say "exact", or what is wrong with the first tensor that differs and how many do."""
-    with safe_open(case / "reference.safetensors", "pt") as file:
-        reference = {name: file.get_tensor(name).bfloat16() for name in file.keys()}  # noqa: SIM118
-    for values in reference.values():
-        values.view(torch.int16)[values.isnan()] = 0x7FC0
-    converted = tensors(output)
-    wrong = [
-        f"{name} is left {t.dtype}"
-        for name, t in converted.items()
-        if t.dtype in CODES and name not in reference
-    ]
-    for name, expected in reference.items():
-        got = converted.get(name)
-        if got is None:
-            wrong.append(f"{name} is absent")
-        elif got.dtype != torch.bfloat16 or got.shape != expected.shape:
-            wrong.append(
-                f"{name} is {got.dtype} {list(got.shape)}, not BF16 {list(expected.shape)}"
-            )
-        elif not torch.equal(got.view(torch.int16), expected.view(torch.int16)):
-            at = tuple((got.view(torch.int16) != expected.view(torch.int16)).nonzero()[0].tolist())
-            wrong.append(f"{name}{list(at)} is {got[at].item()}, not {expected[at].item()}")
+    reference, converted = load_file(case / "reference.safetensors"), c.load_checkpoint(output)
+    wrong = [f"{name} is left {tensor.dtype}" for name, tensor in converted.items()
+             if tensor.dtype in CODES and name not in reference]
+    for name, tensor in reference.items():
+        try:
+            c.assert_same_bits(converted[name], c.canonical(tensor.bfloat16()))
+        except (AssertionError, KeyError) as error:
+            wrong.append(f"{name}: {str(error) or 'another dtype or shape'}")
     return f"WRONG: {wrong[0]} ({len(wrong)} of {len(reference)})" if wrong else "exact"
 
 
@@ -191,38 +139,24 @@ def verdict(case: Path, output: Path) -> str:
     return compare(case, output)
 
 
-def expected_message(tool: str, case: str) -> str | None:
-    return next(
-        (message for cases, message in REFUSED[tool].items() if re.fullmatch(cases, case)), None
-    )
-
-
-def as_expected(found: str, message: str | None) -> bool:
-    if found.startswith("not written"):
-        return True
-    return (
-        found == "exact"
-        if message is None
-        else found.startswith("refused: ") and bool(re.search(message, found))
-    )
+def as_expected(found: str, tool: str, case: str) -> bool:
+    message = next((text for cases, text in REFUSED[tool].items() if re.fullmatch(cases, case)), "")
+    refused = bool(message) and found.startswith("refused: ") and re.search(message, found)
+    return found.startswith("not written") or (bool(refused) if message else found == "exact")
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_what_the_tool_wrote_is_converted_exactly_or_refused_by_name(tool, tmp_path):
-    python = environment(tool)
+    python, failures = environment(tool), []
     name = TOOLS[tool][-1].split()[-1].split("=")[0]
-    version = check(
-        python, "-c", f"from importlib.metadata import version; print(version('{name}'))"
-    ).strip()
-    failures = []
+    version = check(python, "-c", f"from importlib.metadata import version; "
+                                  f"print(version('{name}'))").strip()
     print(f"\n| {'tool':12} | {'version':10} | {'scheme':28} | {'model':12} | verdict")
     for case in written_cases(tool, python):
         found = verdict(case, tmp_path / "output")
         scheme, model = case.name.rsplit("-", 1)
-        good = as_expected(found, expected_message(tool, case.name))
-        print(
-            f"| {tool:12} | {version:10} | {scheme:28} | {model:12} | {found}",
-            "" if good else "  <- NOT AS EXPECTED",
-        )
+        good = as_expected(found, tool, case.name)
+        print(f"| {tool:12} | {version:10} | {scheme:28} | {model:12} | {found}",
+              "" if good else "  <- NOT AS EXPECTED")
         failures += [] if good else [f"{case.name}: {found}"]
     assert not failures, "\n".join(failures)
