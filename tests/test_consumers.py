@@ -16,72 +16,35 @@ float32 product.
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    DeepseekV4Config,
-    FineGrainedFP8Config,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
 
-from checkpoints import (
-    FP8_CONFIG,
-    assert_same_bits,
-    canonical,
-    dequantized,
-    edit_json,
-    finite_codes,
-    load_checkpoint,
-    packed,
-    rand,
-    write_checkpoint,
-)
+import checkpoints as c
+from checkpoints import FP8_CONFIG, SHARD, load_checkpoint, rand, write_checkpoint
 from fp8_cast_bf16 import main
 from make_checkpoint import quantize_per_block
 
 SMALL = {
-    "vocab_size": 300,
-    "hidden_size": 160,
-    "intermediate_size": 200,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
+    "vocab_size": 300, "hidden_size": 160, "intermediate_size": 200, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False}
 CONFIGS = {
-    "deepseek_v3": DeepseekV3Config(
-        **SMALL,
-        moe_intermediate_size=144,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=96,
-        kv_lora_rank=140,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-    ),
-    "qwen3": Qwen3Config(**SMALL, head_dim=40),
-    "qwen3_moe": Qwen3MoeConfig(
-        **SMALL, head_dim=40, moe_intermediate_size=144, num_experts=4, num_experts_per_tok=2
-    ),
-}
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **SMALL, moe_intermediate_size=144, n_routed_experts=4, num_experts_per_tok=2, n_group=2,
+        topk_group=1, first_k_dense_replace=1, q_lora_rank=96, kv_lora_rank=140,
+        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32),
+    "qwen3": transformers.Qwen3Config(**SMALL, head_dim=40),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **SMALL, head_dim=40, moe_intermediate_size=144, num_experts=4, num_experts_per_tok=2)}
 FP8 = {"num_bits": 8, "type": "float"}
 FP4 = {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group"}
 BF16 = torch.bfloat16
@@ -89,109 +52,31 @@ BF16 = torch.bfloat16
 # --- what loads the output ---
 
 
-def tiny_qwen3(**sizes):
+def tiny_qwen3(layers: int, intermediate: int = 200):
     """Return a Qwen3 with random weights in BF16."""
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=200, hidden_size=256, head_dim=64, **sizes)
-    config.num_attention_heads, config.num_key_value_heads = 4, 2
-    return AutoModelForCausalLM.from_config(config, dtype=BF16)
+    config = transformers.Qwen3Config(
+        vocab_size=200, hidden_size=256, head_dim=64, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=layers, intermediate_size=intermediate)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=BF16)
 
 
-def quantize(tensors: dict, scale_dtype: torch.dtype) -> tuple[dict, dict]:
-    """Return the FP8 form of a model's projection weights and what they must come back as."""
-    given, expected = {}, {}
-    for name, tensor in tensors.items():
-        if not name.endswith("_proj.weight"):
-            given[name] = expected[name] = tensor
-            continue
-        codes, scales = quantize_per_block(tensor.float())
-        given[name], given[name + "_scale_inv"] = codes, scales.to(scale_dtype)
-        expected[name] = dequantized(codes, given[name + "_scale_inv"])
-    return given, expected
+def convert(folder: Path) -> None:
+    main(folder / "in", folder / "out")
 
 
-def quantized_model(folder, shards):
-    """Write a small Qwen3 in FP8, in so many shards without an index; return what comes out."""
-    model = AutoModelForCausalLM.from_config(CONFIGS["qwen3"], dtype=torch.bfloat16)
-    model.save_pretrained(folder / "master")
-    config = json.loads((folder / "master/config.json").read_text())
-    given, expected = quantize(load_checkpoint(folder / "master"), torch.float32)
-    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    names = names if shards > 1 else ["model.safetensors"]
-    parts = {name: dict([*given.items()][i::shards]) for i, name in enumerate(names)}
-    config["quantization_config"] = FP8_CONFIG
-    write_checkpoint(folder / "fp8", parts, config, index=False)
-    return expected
-
-
-def assert_loads(folder, expected):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    for name, tensor in model.state_dict().items():
-        assert_same_bits(tensor, expected[name])
-
-
-def test_shards_without_an_index_load_after_conversion(tmp_path):
-    expected = quantized_model(tmp_path, 2)
-    main(tmp_path / "fp8", tmp_path / "bf16")
-    assert_loads(tmp_path / "bf16", expected)
-
-
-def test_a_model_and_its_draft_in_a_folder_load_after_conversion(tmp_path):
-    root = quantized_model(tmp_path / "a", 2)
-    draft = quantized_model(tmp_path / "b", 1)
-    # Another architecture's names, or the draft would be the same weights again.
-    (tmp_path / "b/fp8").rename(tmp_path / "a/fp8/draft")
-    shard = tmp_path / "a/fp8/draft/model.safetensors"
-    given = load_checkpoint(shard.parent)
-    drop = re.compile(r"model\.layers\.[12]\.")
-    save_file({name: t for name, t in given.items() if not drop.match(name)}, shard,
-              metadata={"format": "pt"})
-    config = json.loads((shard.parent / "config.json").read_text())
-    config |= {"num_hidden_layers": 1, "layer_types": config["layer_types"][:1]}
-    (shard.parent / "config.json").write_text(json.dumps(config))
-    main(tmp_path / "a/fp8", tmp_path / "bf16")
-    assert_loads(tmp_path / "bf16", root)
-    assert_loads(tmp_path / "bf16/draft", {n: t for n, t in draft.items() if not drop.match(n)})
-
-
-@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_converted_model_loads_and_computes_the_same_logits(tmp_path, name, scale_dtype):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.bfloat16)
-    model.save_pretrained(tmp_path / "master")
-    config = json.loads((tmp_path / "master/config.json").read_text())
-    given, expected = quantize(load_checkpoint(tmp_path / "master"), scale_dtype)
-    assert len(given) - len(expected) > 15
-    # every third tensor into the same shard, so that scales come to stand apart from their weights
-    shards = {f"model-{i:05}-of-00003.safetensors": {} for i in range(3)}
-    for number, (tensor_name, tensor) in enumerate(given.items()):
-        shards[list(shards)[number % 3]][tensor_name] = tensor
-    write_checkpoint(tmp_path / "fp8", shards, {**config, "quantization_config": FP8_CONFIG})
-    write_checkpoint(tmp_path / "expected", {"model.safetensors": expected}, config, index=False)
-
-    main(tmp_path / "fp8", tmp_path / "bf16")
-
-    for tensor_name, tensor in load_checkpoint(tmp_path / "bf16").items():
-        assert_same_bits(tensor, expected[tensor_name])
-    converted, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "bf16", output_loading_info=True
-    )
+def load(folder: Path):
+    """Load a model with transformers, which must find neither too much nor too little."""
+    loader = transformers.AutoModelForCausalLM
+    model, info = loader.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
-    assert converted.dtype == torch.bfloat16
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "expected", dtype=torch.bfloat16)
-    tokens = torch.arange(24).view(2, 12) * 7 % 300
-    with torch.no_grad():
-        logits, expected_logits = converted(tokens).logits, reference(tokens).logits
-    assert_same_bits(canonical(logits), canonical(expected_logits))
-    assert logits.std() > 0
+    return model
 
 
 TOKENS = torch.arange(24).view(2, 12) * 7 % 200
 
 
-def quantize_saved(folder: Path, block: int = 128) -> dict[str, torch.Tensor]:
+def quantize_saved(folder: Path, block: int = 128, scale_dtype=torch.float32) -> dict:
     """Quantize the matrices in the layers of a saved model, in place, under a config that says so.
 
     Where there are several shards, scales stand in the one after their weight's. Returns what the
@@ -205,43 +90,44 @@ def quantize_saved(folder: Path, block: int = 128) -> dict[str, torch.Tensor]:
             given[path][name] = tensor
             if "layers." in name and tensor.ndim == 2:
                 codes, scales = quantize_per_block(tensor.float(), block)
+                scales = scales.to(scale_dtype)
                 given[path][name], given[beside][name + "_scale_inv"] = codes, scales
-                expected[name] = dequantized(codes, scales, (block, block))
+                expected[name] = c.dequantized(codes, scales, (block, block))
     assert expected
     for path, tensors in given.items():
         save_file(tensors, path, metadata={"format": "pt"})
     weight_map = {name: path.name for path, tensors in given.items() for name in tensors}
     for path in folder.glob("*.index.json"):
-        edit_json(path, lambda index: index.update(weight_map=weight_map))
+        c.edit_json(path, lambda index: index.update(weight_map=weight_map))
     more = {"quantization_config": {**FP8_CONFIG, "weight_block_size": [block, block]}}
-    edit_json(folder / "config.json", lambda config: config.update(more))
+    c.edit_json(folder / "config.json", lambda config: config.update(more))
     return expected
 
 
-def replace_weights(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
-    """Replace weights of a model in memory: what it then computes is what the output must."""
-    state = model.eval().state_dict()
-    for name, value in values.items():
-        state[name].copy_(value)
-
-
-def saved_qwen3(folder: Path, **sizes):
+def saved_qwen3(folder: Path):
     """Save a Qwen3 in several shards, in FP8; return it with the weights that must come out."""
-    model = tiny_qwen3(intermediate_size=200, **{"num_hidden_layers": 3, **sizes})
+    model = tiny_qwen3(3)
     model.save_pretrained(folder, max_shard_size="300KB")
     assert len([*folder.glob("*.safetensors")]) > 2
-    replace_weights(model, quantize_saved(folder))
+    model.eval().load_state_dict(quantize_saved(folder), strict=False)
     return model
 
 
-def words_tokenizer() -> PreTrainedTokenizerFast:
+@pytest.fixture
+def qwen3(tmp_path):
+    """The model of which the folders `in` and `out` hold the FP8 weights and the converted ones."""
+    reference = saved_qwen3(tmp_path / "in")
+    convert(tmp_path)
+    return reference
+
+
+def words_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Return a tokenizer of the words w0, w1, ..."""
     vocabulary = {"[PAD]": 0, "[UNK]": 1} | {f"w{number}": number for number in range(2, 200)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     return tokenizer
 
@@ -249,82 +135,59 @@ def words_tokenizer() -> PreTrainedTokenizerFast:
 def assert_same_logits(model, reference) -> None:
     with torch.no_grad():
         got, expected = model(TOKENS).logits, reference(TOKENS).logits
-    assert_same_bits(got, expected)
+    c.assert_same_bits(got, expected)
     assert got.std() > 0
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_converted_model_loads_and_computes_the_same_logits(tmp_path, name, scale_dtype):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=BF16)
+    model.save_pretrained(tmp_path / "in", max_shard_size="300KB")
+    config = json.loads((tmp_path / "in/config.json").read_text())
+    expected = load_checkpoint(tmp_path / "in")
+    expected |= quantize_saved(tmp_path / "in", scale_dtype=scale_dtype)
+    write_checkpoint(tmp_path / "expected", {SHARD: expected}, config, index=False)
+    convert(tmp_path)
+    c.assert_same_tensors(load_checkpoint(tmp_path / "out"), expected)
+    converted = load(tmp_path / "out")
+    assert converted.dtype == BF16
+    assert_same_logits(converted, load(tmp_path / "expected"))
+
+
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_accelerate_dispatches_the_shards(tmp_path, place):
-    reference = saved_qwen3(tmp_path / "in")
-    main(tmp_path / "in", tmp_path / "out")
+def test_accelerate_dispatches_the_shards(tmp_path, qwen3, place):
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(reference.config, dtype=BF16).eval()
-    devices = {"": "cpu"}
-    if place == "disk":
-        devices = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-        devices |= {"model.layers": "disk", "lm_head": "cpu"}
+        model = transformers.AutoModelForCausalLM.from_config(qwen3.config, dtype=BF16).eval()
+    devices = {"": "cpu"} if place == "cpu" else {
+        "model.layers": "disk", "lm_head": "cpu",
+        **dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb"], "cpu")}
     model = load_checkpoint_and_dispatch(
-        model, tmp_path / "out", devices, offload_folder=tmp_path / "offload", strict=True
-    )
-    assert_same_logits(model, reference)
+        model, tmp_path / "out", devices, offload_folder=tmp_path / "offload", strict=True)
+    assert_same_logits(model, qwen3)
 
 
-def test_draft_model_in_a_folder_loads_and_drafts(tmp_path):
-    """The draft has a config of its own, with other blocks than the model's."""
-    reference = saved_qwen3(tmp_path / "in")
-    draft = tiny_qwen3(intermediate_size=200, num_hidden_layers=1)
+@pytest.mark.parametrize("block, layers, intermediate", [
+    (64, 1, 200),  # Its config names other blocks than the model's.
+    (128, 2, 96),  # The model's names and other shapes.
+    (None, 1, 200),  # In F32, and stays so.
+])
+def test_draft_model_in_a_folder_loads_and_drafts(tmp_path, block, layers, intermediate):
+    reference, draft = saved_qwen3(tmp_path / "in"), tiny_qwen3(layers, intermediate)
+    draft = draft if block else draft.float().eval()
     draft.save_pretrained(tmp_path / "in/dspark")
-    replace_weights(draft, quantize_saved(tmp_path / "in/dspark", block=64))
-
-    main(tmp_path / "in", tmp_path / "out")
-
-    loaded = {}
-    for folder, expected in (("out", reference), ("out/dspark", draft)):
-        loaded[folder], info = AutoModelForCausalLM.from_pretrained(
-            tmp_path / folder, output_loading_info=True
-        )
-        assert not any(info.values()), info
-        assert_same_logits(loaded[folder], expected)
+    if block:
+        draft.eval().load_state_dict(quantize_saved(tmp_path / "in/dspark", block), strict=False)
+    convert(tmp_path)
+    pairs = [(load(tmp_path / "out"), load(tmp_path / "out/dspark")), (reference, draft)]
+    for loaded, expected in zip(*pairs, strict=True):
+        assert_same_logits(loaded, expected)
     got, expected = (
-        model.generate(
-            TOKENS[:1],
-            attention_mask=torch.ones_like(TOKENS[:1]),
-            assistant_model=assistant,
-            max_new_tokens=8,
-            do_sample=False,
-        )
-        for model, assistant in ((loaded["out"], loaded["out/dspark"]), (reference, draft))
-    )
+        model.generate(TOKENS[:1], attention_mask=torch.ones_like(TOKENS[:1]),
+                       assistant_model=assistant, max_new_tokens=8, do_sample=False)
+        for model, assistant in pairs)
     assert got.tolist() == expected.tolist()
-
-
-def test_draft_model_of_the_same_names_is_no_copy_of_the_model(tmp_path):
-    """It has all the names of the model's first layers, and other shapes."""
-    saved_qwen3(tmp_path / "in")
-    draft = tiny_qwen3(intermediate_size=96, num_hidden_layers=2)
-    draft.save_pretrained(tmp_path / "in/draft")
-    replace_weights(draft, quantize_saved(tmp_path / "in/draft"))
-    main(tmp_path / "in", tmp_path / "out")
-    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out/draft"), draft)
-
-
-def test_plain_draft_model_keeps_its_dtype(tmp_path):
-    saved_qwen3(tmp_path / "in")
-    draft = tiny_qwen3(intermediate_size=200, num_hidden_layers=1).float().eval()
-    draft.save_pretrained(tmp_path / "in/draft")
-    main(tmp_path / "in", tmp_path / "out")
-    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out/draft"), draft)
-
-
-def test_adapter_beside_a_single_shard_gets_into_no_index(tmp_path):
-    tiny_qwen3(intermediate_size=200, num_hidden_layers=1).save_pretrained(tmp_path / "in")
-    quantize_saved(tmp_path / "in")
-    adapter = {"base_model.model.lm_head.lora_A.weight": torch.ones(8, 256)}
-    save_file(adapter, tmp_path / "in/adapter_model.safetensors")
-    main(tmp_path / "in", tmp_path / "out")
-    assert not [*(tmp_path / "out").glob("*.index.json")]
-    copied = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert_same_bits(*copied.values(), *adapter.values())
 
 
 @pytest.mark.consumers
@@ -337,15 +200,9 @@ def test_peft_adapter_beside_the_shards_loads_with_them(tmp_path):
     adapter = load_file(tmp_path / "in/adapter_model.safetensors")
     for parameter in reference.parameters():  # saved in F32, and cast by transformers on loading
         parameter.data = parameter.to(BF16)
-
-    main(tmp_path / "in", tmp_path / "out")
-
-    copied = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert copied.keys() == adapter.keys()
-    for name, tensor in copied.items():
-        assert_same_bits(tensor, adapter[name])
-    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(info.values()), info
+    convert(tmp_path)
+    c.assert_same_tensors(load_file(tmp_path / "out/adapter_model.safetensors"), adapter)
+    loaded = load(tmp_path / "out")
     assert_same_logits(loaded, reference)
     with reference.disable_adapter(), pytest.raises(AssertionError, match="element"):
         assert_same_logits(loaded, reference)
@@ -357,47 +214,27 @@ def test_diffusers_pipeline_with_a_part_in_fp8(tmp_path, part):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     transformer = diffusers.ZImageTransformer2DModel(
-        in_channels=16,
-        dim=256,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=4,
-        n_kv_heads=4,
-        cap_feat_dim=256,
-        axes_dims=[16, 24, 24],
-        axes_lens=[64, 64, 64],
-    )
+        in_channels=16, dim=256, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4,
+        cap_feat_dim=256, axes_dims=[16, 24, 24], axes_lens=[64, 64, 64])
+    vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=16, shift_factor=0.1)
     pipeline = diffusers.ZImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=(32,), latent_channels=16, shift_factor=0.1
-        ).to(BF16),
-        text_encoder=tiny_qwen3(intermediate_size=200, num_hidden_layers=2).model,
-        tokenizer=words_tokenizer(),
-        transformer=transformer.to(BF16),
-    )
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=vae.to(BF16),
+        text_encoder=tiny_qwen3(2).model, tokenizer=words_tokenizer(),
+        transformer=transformer.to(BF16))
     pipeline.save_pretrained(tmp_path / "in", max_shard_size="700KB")
     assert len([*(tmp_path / "in" / part).glob("*.safetensors")]) > 1
-    replace_weights(getattr(pipeline, part), quantize_saved(tmp_path / "in" / part))
-
-    main(tmp_path / "in", tmp_path / "out")
-
+    replaced = quantize_saved(tmp_path / "in" / part)
+    getattr(pipeline, part).eval().load_state_dict(replaced, strict=False)
+    convert(tmp_path)
     loaded = diffusers.ZImagePipeline.from_pretrained(tmp_path / "out", dtype=BF16)
     images = []
     for each in (loaded, pipeline):
         each.set_progress_bar_config(disable=True)
-        result = each(
-            "w5 w17 w120",
-            height=32,
-            width=32,
-            num_inference_steps=2,
-            guidance_scale=0,
-            max_sequence_length=32,
-            generator=torch.Generator().manual_seed(0),
-            output_type="pt",
-        )
-        images.append(result.images)
-    assert_same_bits(*images)
+        images.append(each(
+            "w5 w17 w120", height=32, width=32, num_inference_steps=2, guidance_scale=0,
+            max_sequence_length=32, generator=torch.Generator().manual_seed(0),
+            output_type="pt").images)
+    c.assert_same_bits(*images)
     assert images[0].std() > 0
 
 
@@ -405,67 +242,49 @@ def test_diffusers_pipeline_with_a_part_in_fp8(tmp_path, part):
 def test_sentence_transformers_with_a_dense_layer(tmp_path):
     library = pytest.importorskip("sentence_transformers")
     modules = pytest.importorskip("sentence_transformers.models")
-    model = tiny_qwen3(intermediate_size=200, num_hidden_layers=2).model
-    model.save_pretrained(tmp_path / "model")
+    tiny_qwen3(2).model.save_pretrained(tmp_path / "model")
     words_tokenizer().save_pretrained(tmp_path / "model")
     transformer = modules.Transformer(str(tmp_path / "model"))
-    reference = library.SentenceTransformer(
-        modules=[
-            transformer,
-            modules.Pooling(256, pooling_mode="lasttoken"),
-            modules.Dense(256, 64),
-            modules.Normalize(),
-        ],
-        device="cpu",
-    )
+    parts = [transformer, modules.Pooling(256, pooling_mode="lasttoken"), modules.Dense(256, 64),
+             modules.Normalize()]
+    reference = library.SentenceTransformer(modules=parts, device="cpu")
     reference.save(str(tmp_path / "in"))
-    replace_weights(transformer.auto_model, quantize_saved(tmp_path / "in"))
-
-    main(tmp_path / "in", tmp_path / "out")
-
-    got = load_file(tmp_path / "out/2_Dense/model.safetensors")
-    for name, tensor in load_file(tmp_path / "in/2_Dense/model.safetensors").items():
-        assert_same_bits(got[name], tensor)
+    replaced = quantize_saved(tmp_path / "in")
+    transformer.auto_model.eval().load_state_dict(replaced, strict=False)
+    convert(tmp_path)
+    dense = [load_file(tmp_path / place / "2_Dense/model.safetensors") for place in ("out", "in")]
+    c.assert_same_tensors(*dense)
     loaded = library.SentenceTransformer(str(tmp_path / "out"), device="cpu")
     sentences = ["w3 w4 w5", "w100", "w7 w7 w199 w20"]
     embeddings = [each.encode(sentences, convert_to_tensor=True) for each in (loaded, reference)]
     assert embeddings[0].shape == (3, 64)
-    assert_same_bits(*embeddings)
+    c.assert_same_bits(*embeddings)
 
 
 @pytest.mark.consumers
-def test_fastsafetensors_reads_the_shards(tmp_path):
+def test_fastsafetensors_reads_the_shards(tmp_path, qwen3):
     library = pytest.importorskip("fastsafetensors")
-    reference = saved_qwen3(tmp_path / "in")
-    main(tmp_path / "in", tmp_path / "out")
     paths = sorted(map(str, (tmp_path / "out").glob("*.safetensors")))
     with library.fastsafe_open(paths, device="cpu", nogds=True) as shards:
         got = {name: shards.get_tensor(name).clone() for name in shards.keys()}  # noqa: SIM118
-    expected = reference.state_dict()
-    assert got.keys() == expected.keys()
-    for name, tensor in got.items():
-        assert_same_bits(tensor, expected[name])
+    c.assert_same_tensors(got, qwen3.state_dict())
 
 
 @pytest.mark.consumers
-def test_mlx_lm_loads_and_computes_the_same_logits(tmp_path):
+def test_mlx_lm_loads_and_computes_the_same_logits(tmp_path, qwen3):
     mx = pytest.importorskip("mlx.core")
     mlx_lm = pytest.importorskip("mlx_lm.utils")
     from mlx.utils import tree_flatten
 
-    reference = saved_qwen3(tmp_path / "in")
-    main(tmp_path / "in", tmp_path / "out")
-    reference.save_pretrained(tmp_path / "reference")
-    expected, logits = reference.state_dict(), []
+    qwen3.save_pretrained(tmp_path / "reference")
+    logits = []
     for folder in ("out", "reference"):
         model, _ = mlx_lm.load_model(tmp_path / folder)
-        weights = dict(tree_flatten(model.parameters()))
-        assert weights.keys() == expected.keys()
-        for name, weight in weights.items():
-            bits = torch.tensor(weight.view(mx.int16).tolist(), dtype=torch.int16)
-            assert_same_bits(bits.view(BF16), expected[name])
+        bits = {name: torch.tensor(weight.view(mx.int16).tolist(), dtype=torch.int16).view(BF16)
+                for name, weight in tree_flatten(model.parameters())}
+        c.assert_same_tensors(bits, qwen3.state_dict())
         logits.append(torch.tensor(model(mx.array(TOKENS.tolist())).astype(mx.float32).tolist()))
-    assert_same_bits(*logits)
+    c.assert_same_bits(*logits)
     assert logits[0].std() > 0
 
 
@@ -477,18 +296,12 @@ def test_llama_cpp_converts_the_output(tmp_path):
     sentencepiece = pytest.importorskip("sentencepiece")
     reference = saved_qwen3(tmp_path / "in")
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(f"w{number}" for number in range(200)),
-        model_prefix=str(tmp_path / "in/tokenizer"),
-        vocab_size=200,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    main(tmp_path / "in", tmp_path / "out")
+        sentence_iterator=(f"w{number}" for number in range(200)), vocab_size=200,
+        model_prefix=str(tmp_path / "in/tokenizer"), hard_vocab_limit=False, minloglevel=2)
+    convert(tmp_path)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 3)
-    expected = {
-        names.get_name(name, (".weight",)): tensor
-        for name, tensor in reference.state_dict().items()
-    }
+    expected = {names.get_name(name, (".weight",)): tensor
+                for name, tensor in reference.state_dict().items()}
     script = Path(os.environ["LLAMA_CPP"], "convert_hf_to_gguf.py")
     for folder in ("out", "in"):
         path = tmp_path / f"{folder}.gguf"
@@ -507,112 +320,71 @@ def test_llama_cpp_converts_the_output(tmp_path):
 # --- what others make of the input ---
 
 
-def exponent_bytes(*shape):
-    return torch.randint(100, 140, shape, dtype=torch.uint8)
-
-
-SCHEMES = {
-    "tensor": ("float-quantized", {**FP8, "strategy": "tensor"}, rand(1, dtype=BF16)),
-    "channel": ("float-quantized", {**FP8, "strategy": "channel"}, rand(256, 1, dtype=BF16)),
-    "channel-f32": ("float-quantized", {**FP8, "strategy": "channel"}, rand(256, 1)),
-    "group": (
-        "float-quantized",
-        {**FP8, "strategy": "group", "group_size": 64},
-        rand(256, 4, dtype=BF16),
-    ),
-    "block": (
-        "float-quantized",
-        {**FP8, "strategy": "block", "block_structure": [128, 128]},
-        rand(2, 2),
-    ),
-    "mxfp8": (
-        "mxfp8-quantized",
-        {**FP8, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
-        exponent_bytes(256, 8),
-    ),
-    "mxfp4": (
-        "mxfp4-pack-quantized",
-        {**FP4, "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
-        exponent_bytes(256, 8),
-    ),
-    "nvfp4": (
-        "nvfp4-pack-quantized",
-        {**FP4, "scale_dtype": torch.float8_e4m3fn},
-        finite_codes(256, 16).abs(),
-    ),
+BYTES = torch.randint(100, 140, (256, 8), dtype=torch.uint8)  # Exponents.
+WEIGHT, PACKED = {"weight": c.finite_codes(256, 256)}, {"weight_packed": c.packed(256, 128)}
+MX = {"strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}
+FP8_GROUP = {**FP8, "strategy": "group", "group_size": 64}
+FP8_BLOCK = {**FP8, "strategy": "block", "block_structure": [128, 128]}
+NVFP4 = PACKED | {"weight_global_scale": torch.tensor([613.0])}
+SCHEMES = {  # compressed-tensors' format, the arguments of its scheme, and tensors.
+    "tensor": ("float", {**FP8, "strategy": "tensor"}, WEIGHT, rand(1, dtype=BF16)),
+    "channel": ("float", {**FP8, "strategy": "channel"}, WEIGHT, rand(256, 1, dtype=BF16)),
+    "channel-f32": ("float", {**FP8, "strategy": "channel"}, WEIGHT, rand(256, 1)),
+    "group": ("float", FP8_GROUP, WEIGHT, rand(256, 4, dtype=BF16)),
+    "block": ("float", FP8_BLOCK, WEIGHT, rand(2, 2)),
+    "mxfp8": ("mxfp8", {**FP8, **MX}, WEIGHT, BYTES),
+    "mxfp4": ("mxfp4-pack", {**FP4, **MX}, PACKED, BYTES),
+    "nvfp4": ("nvfp4-pack", {**FP4, "scale_dtype": torch.float8_e4m3fn}, NVFP4,
+              c.finite_codes(256, 16).abs()),
 }
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_compressed_tensors_decompresses_to_the_same_bits(tmp_path, name):
-    format_name, arguments, scale = SCHEMES[name]
-    if name in ("mxfp4", "nvfp4"):
-        given = {"weight_packed": packed(256, 128), "weight_scale": scale}
-    else:
-        given = {"weight": finite_codes(256, 256), "weight_scale": scale}
-    if name == "nvfp4":
-        given["weight_global_scale"] = torch.tensor([613.0])
+    kind, arguments, given, scale = SCHEMES[name]
+    given = given | {"weight_scale": scale}
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**arguments))
-    compressor = BaseCompressor.get_value_from_registry(format_name)
+    compressor = BaseCompressor.get_value_from_registry(f"{kind}-quantized")
     theirs = compressor.decompress(dict(given), scheme)["weight"].to(BF16)
     groups = {"group_0": scheme.model_dump(mode="json")}
     config = {"quant_method": "compressed-tensors", "config_groups": groups}
     tensors = {f"m.{key}": tensor for key, tensor in given.items()}
-    write_checkpoint(
-        tmp_path / "in", {"model.safetensors": tensors}, {"quantization_config": config}
-    )
-    main(tmp_path / "in", tmp_path / "out")
-    assert_same_bits(load_checkpoint(tmp_path / "out")["m.weight"], canonical(theirs))
+    write_checkpoint(tmp_path / "in", {SHARD: tensors}, {"quantization_config": config})
+    convert(tmp_path)
+    c.assert_same_bits(load_checkpoint(tmp_path / "out")["m.weight"], c.canonical(theirs))
 
 
-def assert_loads_like(fp8, bf16):
+def load_fp8(folder: Path):
+    """Load an FP8 checkpoint with transformers, which dequantizes it."""
+    dequantize = transformers.FineGrainedFP8Config(dequantize=True)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=dequantize)
+
+
+def assert_loads_alike(folder: Path) -> None:
     """Compare what transformers makes of the FP8 checkpoint itself with what it loads of ours."""
-    dequantize = FineGrainedFP8Config(dequantize=True)
-    theirs = AutoModelForCausalLM.from_pretrained(fp8, quantization_config=dequantize)
-    ours, info = AutoModelForCausalLM.from_pretrained(bf16, output_loading_info=True)
-    assert not any(info.values()), info
+    ours, theirs = load(folder / "out"), load_fp8(folder / "in").state_dict()
     assert ours.dtype == BF16
-    theirs, ours = theirs.state_dict(), ours.state_dict()
-    assert set(theirs) == set(ours)
-    for name, tensor in ours.items():
-        if "norm" in name:  # DeepSeek-V4's norms are widened, but not under a quantization
-            tensor = tensor.to(theirs[name].dtype)
-        assert_same_bits(tensor, theirs[name])
-
-
-def save_quantized(folder, model, config, quantize):
-    """Save a model, and beside it the same with each tensor as `quantize` returns it."""
-    model.save_pretrained(folder / "master")
-    given = {}
-    for name, tensor in load_checkpoint(folder / "master").items():
-        given |= quantize(name, tensor) or {name: tensor}
-    saved = json.loads((folder / "master/config.json").read_text())
-    write_checkpoint(folder / "fp8", {"model.safetensors": given}, {**saved, **config}, index=False)
-    main(folder / "fp8", folder / "bf16")
+    # DeepSeek-V4's norms are widened, but not under a quantization.
+    ours = {name: tensor.to(theirs[name].dtype) if "norm" in name else tensor
+            for name, tensor in ours.state_dict().items()}
+    c.assert_same_tensors(ours, theirs)
 
 
 def test_transformers_dequantizes_qwen3_to_the_same_bits(tmp_path):
-    # whole blocks only: transformers computes the block from the shapes, which is wrong for ragged
-    model = tiny_qwen3(intermediate_size=384, num_hidden_layers=2)
-
-    def quantize(name, tensor):
-        if name.endswith("_proj.weight"):
-            codes, scale = quantize_per_block(tensor.float())
-            return {name: codes, name + "_scale_inv": scale.bfloat16()}
-
-    save_quantized(tmp_path, model, {"quantization_config": FP8_CONFIG}, quantize)
-    assert_loads_like(tmp_path / "fp8", tmp_path / "bf16")
+    # Whole blocks only: transformers computes the block from the shapes, which is wrong for ragged.
+    tiny_qwen3(2, 384).save_pretrained(tmp_path / "in")
+    quantize_saved(tmp_path / "in", scale_dtype=BF16)
+    convert(tmp_path)
+    assert_loads_alike(tmp_path)
 
 
 def test_transformers_dequantizes_deepseek_v4_to_the_same_bits(tmp_path):
     torch.manual_seed(0)
-    small = {"vocab_size": 256, "hidden_size": 256, "moe_intermediate_size": 128, "head_dim": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "index_n_heads": 2, "o_groups": 2}
-    ranks = {"q_lora_rank": 128, "o_lora_rank": 64, "index_head_dim": 64, "index_topk": 8}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "hc_mult": 2}
-    config = DeepseekV4Config(
-        **small, **heads, **ranks, **experts, num_hidden_layers=4, sliding_window=16
-    )
+    config = transformers.DeepseekV4Config(
+        vocab_size=256, hidden_size=256, moe_intermediate_size=128, head_dim=64,
+        num_attention_heads=4, num_key_value_heads=1, index_n_heads=2, o_groups=2, q_lora_rank=128,
+        o_lora_rank=64, index_head_dim=64, index_topk=8, n_routed_experts=4, num_experts_per_tok=2,
+        n_shared_experts=1, hc_mult=2, num_hidden_layers=4, sliding_window=16)
 
     def quantize(name, tensor):
         """FP4 routed experts in I8, FP8 attention and shared experts, E8M0 scales, as released."""
@@ -628,12 +400,18 @@ def test_transformers_dequantizes_deepseek_v4_to_the_same_bits(tmp_path):
         codes = codes.view(torch.int8) if codes.dtype == torch.uint8 else codes
         return {name: codes, scale: exponents.to(torch.uint8).view(torch.float8_e8m0fnu)}
 
-    model = AutoModelForCausalLM.from_config(config, dtype=BF16)
-    quantization = {**FP8_CONFIG, "scale_fmt": "ue8m0", "activation_scheme": "dynamic"}
-    extra = {"expert_dtype": "fp4", "quantization_config": quantization}
-    save_quantized(tmp_path, model, extra, quantize)
-    assert "expert_dtype" not in (tmp_path / "bf16/config.json").read_text()
-    assert_loads_like(tmp_path / "fp8", tmp_path / "bf16")
+    transformers.AutoModelForCausalLM.from_config(config, dtype=BF16).save_pretrained(
+        tmp_path / "master")
+    given = {}
+    for name, tensor in load_checkpoint(tmp_path / "master").items():
+        given |= quantize(name, tensor) or {name: tensor}
+    saved = json.loads((tmp_path / "master/config.json").read_text()) | {"expert_dtype": "fp4"}
+    saved["quantization_config"] = {
+        **FP8_CONFIG, "scale_fmt": "ue8m0", "activation_scheme": "dynamic"}
+    write_checkpoint(tmp_path / "in", {SHARD: given}, saved, index=False)
+    convert(tmp_path)
+    assert "expert_dtype" not in (tmp_path / "out/config.json").read_text()
+    assert_loads_alike(tmp_path)
 
 
 def test_transformers_is_wrong_where_the_last_block_is_cut_off(tmp_path):
@@ -641,26 +419,13 @@ def test_transformers_is_wrong_where_the_last_block_is_cut_off(tmp_path):
 
     It divides the rows by the rows of scales, where the format fixes the block and cuts the last.
     """
-    model = tiny_qwen3(intermediate_size=192, num_hidden_layers=1)
-    expected, computed = {}, {}
-
-    def quantize(name, tensor):
-        if name.endswith("up_proj.weight"):
-            codes, scale = quantize_per_block(tensor.float())
-            for rows, values in ((128, expected), (96, computed)):
-                wide = scale.repeat_interleave(rows, 0).repeat_interleave(128, 1)[:192]
-                values[name] = (codes.float() * wide).bfloat16()
-            return {name: codes, name + "_scale_inv": scale}
-
-    save_quantized(tmp_path, model, {"quantization_config": FP8_CONFIG}, quantize)
-    ours = load_checkpoint(tmp_path / "bf16")
-    dequantize = FineGrainedFP8Config(dequantize=True)
-    theirs = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "fp8", quantization_config=dequantize
-    ).state_dict()
-    assert expected
-    for name, tensor in expected.items():
-        assert_same_bits(ours[name], tensor)
-        assert not torch.equal(expected[name], computed[name])
-        # a transformers that has mended this computes what we do
-        assert any(torch.equal(theirs[name], values[name]) for values in (expected, computed))
+    tiny_qwen3(1, 192).save_pretrained(tmp_path / "in")
+    name = "model.layers.0.mlp.up_proj.weight"
+    expected, given = quantize_saved(tmp_path / "in")[name], load_checkpoint(tmp_path / "in")
+    computed = c.dequantized(given[name], given[f"{name}_scale_inv"], (96, 128))
+    assert not torch.equal(expected, computed)
+    convert(tmp_path)
+    c.assert_same_bits(load_checkpoint(tmp_path / "out")[name], expected)
+    theirs = load_fp8(tmp_path / "in").state_dict()[name]
+    # A transformers that has mended this computes what we do.
+    assert any(torch.equal(theirs, values) for values in (expected, computed))
