@@ -1,345 +1,236 @@
-"""A second run: what an earlier one left is kept if it is right, and only then."""
+"""Later runs: what an earlier one left is kept if it is what the input gives, and only then; and
+what becomes of a run whose input changes under it.
+"""
 
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import checkpoints as c
 import fp8_cast_bf16
-from checkpoints import (
-    CONFIG,
-    FP8_CONFIG,
-    INDEX,
-    KEY,
-    ONE,
-    SHARD,
-    TWO,
-    arguments,
-    assert_holds,
-    contents,
-    finite_codes,
-    metadata_of,
-    one_weight,
-    several_kinds,
-    stamps,
-    write_checkpoint,
-)
-from fp8_cast_bf16 import cli, main
-from make_checkpoint import make_checkpoint
+from checkpoints import CONFIG, EXTRA, INDEX, KEY, ONE, ROOT, SHARD, TWO
+from fp8_cast_bf16 import CheckpointError, cli, main
 
-
-def test_a_complete_output_is_left_as_it_is(source, out, capsys):
-    before = stamps(out)
-    assert cli(arguments(source)) == 0
-    assert capsys.readouterr().out.endswith("Nothing to do: the output is complete\n")
-    assert stamps(out) == before
-
-
-def test_shards_that_are_there_are_kept_and_others_made(source, out, capsys):
-    expected, before = contents(out), stamps(out)
-    (out / TWO).unlink()
-    (out / INDEX).unlink()
-    capsys.readouterr()
-    main(source, out)
-    assert "Already there: 1 of 2 shards" in capsys.readouterr().out
-    assert contents(out) == expected
-    assert stamps(out)[ONE] == before[ONE]
-
-
-def test_a_resumed_run_of_many_shards_makes_what_is_missing(tmp_path):
-    make_checkpoint(tmp_path / "in", 10**6, 5)
-    main(tmp_path / "in", tmp_path / "out")
-    expected = contents(tmp_path / "out")
-    shards = sorted((tmp_path / "out").glob("*.safetensors"))
-    for shard in shards[1::2]:
-        shard.unlink()
-    main(tmp_path / "in", tmp_path / "out", workers=3)
-    assert contents(tmp_path / "out") == expected
-
-
-def test_shards_of_another_checkpoint_with_the_same_headers_are_replaced(source, out, tmp_path):
-    write_checkpoint(tmp_path / "other", several_kinds(seed=1)[0], CONFIG)
-    shutil.copy(source / "tokenizer.json", tmp_path / "other")
-    main(tmp_path / "other", tmp_path / "expected")
-    assert (out / ONE).stat().st_size == (tmp_path / "expected" / ONE).stat().st_size
-    main(tmp_path / "other", out)
-    assert contents(out) == contents(tmp_path / "expected")
-
-
-def data_place(tensor, where):
-    """Return a byte of a tensor on disk that lies in its first, middle or last page."""
-    return {"first": tensor.start, "middle": (tensor.start + tensor.stop) // 2 + 7,
-            "last": tensor.stop - 1}[where]
-
-
-@pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_an_input_of_which_any_one_tensor_was_retrained_differs(source, out, capsys, where):
-    plan = fp8_cast_bf16.make_plan(source)
-    tensors = {t.name: (shard.name, t) for shard in plan.shards for step in shard.steps
-               for t in (step.source, step.quantization and step.quantization.scale) if t}
-    assert len(tensors) == 9
-    for shard, tensor in tensors.values():
-        place = min(data_place(tensor, where), tensor.stop - 1)
-        with open(tensor.path, "r+b") as file:
-            file.seek(place)
-            old = file.read(1)[0]
-            file.seek(place)
-            file.write(bytes([old ^ 1]))
-        before = stamps(out)
-        capsys.readouterr()
-        main(source, out)
-        assert f"To be replaced (made from another input, or read differently): {shard}\n" in (
-            capsys.readouterr().out)
-        main(source, out, verify=True)
-        other = ({ONE, TWO} - {shard}).pop()
-        assert stamps(out)[other] == before[other]
-        assert stamps(out)[shard] != before[shard]
-
-
-def test_the_fingerprint_takes_three_whole_pages_of_a_tensor(tmp_path):
-    """A fine-tune may leave 98% of the codes as they were."""
-    codes = finite_codes(400, 400)
-    tensors = {"a.weight": codes, "a.weight_scale_inv": torch.ones(4, 4)}
-    write_checkpoint(tmp_path / "in", {SHARD: tensors}, CONFIG)
-
-    def fingerprint():
-        (shard,) = fp8_cast_bf16.make_plan(tmp_path / "in").shards
-        worker = fp8_cast_bf16.Worker(torch.device("cpu"), 0)
-        found = fp8_cast_bf16.fingerprint_of(shard, worker)
-        worker.close()
-        return found
-
-    whole, size = fingerprint(), 160_000
-    for place in (0, 4095, size // 2, size // 2 + 4095, size - 4096, size - 1):
-        changed = codes.view(torch.uint8).clone()
-        changed.view(-1)[place] ^= 1
-        tuned = tensors | {"a.weight": changed.view(codes.dtype)}
-        write_checkpoint(tmp_path / "in", {SHARD: tuned}, CONFIG)
-        assert fingerprint() != whole, place
-    write_checkpoint(tmp_path / "in", {SHARD: tensors}, CONFIG)
-    assert fingerprint() == whole
-
-
-def test_a_shards_metadata_is_the_inputs_and_format_and_the_fingerprint(source, out):
-    header = metadata_of(out / ONE)
-    assert {*header} == {"format", KEY}
-    assert header["format"] == "pt"
-    assert re.fullmatch("[0-9a-f]{16}", header[KEY])
-    assert header[KEY] != metadata_of(out / TWO)[KEY]
-    assert header[KEY] != "0" * 16
-
-
-def reading_change(config, change):
-    config = json.loads(json.dumps(config))
-    config["quantization_config"] |= change
-    return config
-
-
-@pytest.mark.parametrize(
-    ("change", "affected"),
-    [
-        ({"weight_block_size": [128, 64]}, ["a", "b"]),
-        ({"weight_scale_semantics": "inverse"}, ["a", "b"]),
-        ({"ignored_layers": ["lm_head"]}, []),
-    ],
-)
-def test_another_reading_of_the_same_data_rewrites_every_affected_shard(
-    tmp_path, capsys, change, affected
-):
-    """Only config.json is edited. Two scales for 100 columns fit blocks of 64 and of 96."""
-    shards = {}
-    for shard, name in ((ONE, "a"), (TWO, "b")):
-        shards[shard] = {f"{name}.weight": finite_codes(100, 100),
-                         f"{name}.weight_scale_inv": torch.rand(1, 2) + 0.5}
-    three = "model-00003.safetensors"
-    shards[three] = {"norm.weight": torch.ones(9)}
-    config = {"quantization_config": {**FP8_CONFIG, "weight_block_size": [128, 96]}}
-    write_checkpoint(tmp_path / "in", shards, config)
-    main(tmp_path / "in", tmp_path / "out")
-    before = stamps(tmp_path / "out")
-    write_checkpoint(tmp_path / "in", shards, reading_change(config, change))
-    main(tmp_path / "in", tmp_path / "out")
-    names = {"a": ONE, "b": TWO}
-    after = stamps(tmp_path / "out")
-    assert {shard for shard in shards if before[shard] != after[shard]} == {
-        names[name] for name in affected
-    }
-    main(tmp_path / "in", tmp_path / "out", verify=True)
-    main(tmp_path / "in", tmp_path / "expected")
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-
-
-def test_another_treatment_of_missing_scales_rewrites_the_shard(tmp_path):
-    shards = {ONE: {"a.weight": finite_codes(9, 9)}, TWO: {"norm.weight": torch.ones(9)}}
-    write_checkpoint(tmp_path / "in", shards, CONFIG)
-    for choice in ("keep", "cast", "keep"):
-        main(tmp_path / "in", tmp_path / "out", missing_scale=choice)
-        main(tmp_path / "in", tmp_path / choice, missing_scale=choice)
-        assert contents(tmp_path / "out") == contents(tmp_path / choice)
-
-
-@pytest.mark.parametrize("newer", [ONE, TWO])
-def test_an_input_newer_than_an_accepted_output_is_named_with_verify(source, out, capsys, newer):
-    main(source, out)
-    assert "newer" not in capsys.readouterr().out
-    later = (out / newer).stat().st_mtime + 10
-    os.utime(source / newer, (later, later))
-    before = stamps(out)
-    main(source, out)
-    printed = capsys.readouterr().out
-    (line,) = [line for line in printed.splitlines() if line.startswith("Input files newer")]
-    assert line == f"Input files newer than their output: {newer}; run --verify to be sure"
-    assert stamps(out) == before
-
-
-def test_a_newer_shard_of_scales_only_is_named(tmp_path, capsys):
-    shards = {ONE: {"a.weight": finite_codes(9, 9)}, TWO: {"a.weight_scale_inv": torch.ones(1, 1)}}
-    source, out = write_checkpoint(tmp_path / "in", shards, CONFIG), tmp_path / "out"
-    main(source, out)
-    later = (out / ONE).stat().st_mtime + 10
-    os.utime(source / TWO, (later, later))
-    main(source, out)
-    assert f"Input files newer than their output: {TWO}; run --verify" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("change", ["cut", "longer", "header"])
-def test_a_shard_of_ours_that_is_not_as_planned_is_replaced_and_named(source, out, change, capsys):
-    expected = contents(out)
-    path, whole = out / ONE, expected[ONE]
-    changed = {"cut": whole[:-1], "longer": whole + b"x", "header": whole.replace(b'"pt"', b'"np"')}
-    path.write_bytes(changed[change])
-    assert path.read_bytes() != whole
-    capsys.readouterr()
-    main(source, out)
-    printed = capsys.readouterr().out
-    assert f"To be replaced (made from another input, or read differently): {ONE}\n" in printed
-    assert contents(out) == expected
-
-
-def test_a_resumed_runs_summary_counts_what_it_wrote_and_what_was_there(source, out, capsys):
-    (out / TWO).unlink()
-    size = (out / ONE).stat().st_size
-    capsys.readouterr()
-    main(source, out)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("Converted 2 shards (1 was there already), 6 tensors: ")
-    assert f" {fp8_cast_bf16.sized((out / TWO).stat().st_size)} written in " in last
-    assert (out / TWO).stat().st_size != size
-    assert ", limited by " in last
-
-
-def test_a_run_that_wrote_no_shard_is_not_limited_by_anything(source, out, capsys):
-    (out / "config.json").unlink()
-    capsys.readouterr()
-    main(source, out)
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("Converted 2 shards (2 were there already), 6 tensors: ")
-    assert "limited by" not in last
-
-
-@pytest.mark.parametrize("before, status", [(None, "converted"), (ONE, "converted"),
-                                            ("config.json", "converted"), ("nothing", "complete")])
-def test_the_reports_status_says_what_became_of_the_output(source, tmp_path, before, status):
-    if before:
-        main(source, tmp_path / "out")
-        (tmp_path / "out" / before).unlink(missing_ok=True)
-    main(source, tmp_path / "out", report=tmp_path / "r.json")
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["status"] == status
-    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", report["date"])
-    assert report["versions"]["fp8_cast_bf16"] == fp8_cast_bf16.VERSION
-
-
-def test_a_dry_run_of_a_missing_output_is_not_reported_as_complete(source, tmp_path):
-    main(source, tmp_path / "out", dry_run=True, report=tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text())["status"] == "planned"
-
-
-# --- folders ---
+LEFTOVERS = [f"{name}.{'0' * 16}.{'1' * 8}.tmp" for name in (ONE, INDEX, "config.json")]
 
 
 @pytest.fixture
-def several(tmp_path):
-    """A checkpoint with a draft model and its tokenizer in a folder, and what is made of it."""
-    source = write_checkpoint(tmp_path / "in", {SHARD: one_weight("a")[0]}, CONFIG, index=False)
-    write_checkpoint(source / "draft", {SHARD: one_weight("b", 1)[0]}, CONFIG, index=False)
-    (source / "draft/tokenizer.json").write_text("{}")
-    main(source, tmp_path / "out")
-    return source
+def independent(tmp_path):
+    """Two shards that need each other, one that needs none, and one in a folder of its own."""
+    c.write_independent(tmp_path / "in")
+    return tmp_path / "in"
 
 
-def test_a_complete_output_with_folders_is_left_as_it_is(several, tmp_path, capsys):
-    before = stamps(tmp_path / "out"), stamps(tmp_path / "out/draft")
-    capsys.readouterr()
-    main(several, tmp_path / "out")
-    assert capsys.readouterr().out.endswith("Nothing to do: the output is complete\n")
-    assert (stamps(tmp_path / "out"), stamps(tmp_path / "out/draft")) == before
+# --- what is kept ---
 
 
-@pytest.mark.parametrize("gone", [SHARD, f"draft/{SHARD}", "draft/config.json", "config.json",
-                                  "draft/tokenizer.json", "draft"])
-def test_what_is_missing_in_a_folder_is_made_and_the_rest_kept(several, tmp_path, gone):
+@pytest.mark.parametrize("gone", [
+    [ONE], [TWO, INDEX], ["config.json"], ["tokenizer.json"], [EXTRA, "draft"], [f"draft/{SHARD}"],
+    ["draft/config.json"]])
+def test_what_is_missing_is_made_and_the_rest_kept(independent, tmp_path, capsys, gone):
     out = tmp_path / "out"
-    expected, kept = contents(out), (out / SHARD).stat().st_ino
-    shutil.rmtree(out / gone) if (out / gone).is_dir() else (out / gone).unlink()
-    main(several, out)
-    assert contents(out) == expected
-    assert gone == SHARD or (out / SHARD).stat().st_ino == kept
-    main(several, out, verify=True)
-
-
-def test_an_output_without_a_folders_config_is_not_complete(several, tmp_path, capsys):
-    (tmp_path / "out/draft/config.json").unlink()
-    main(several, tmp_path / "out", report=tmp_path / "r.json", dry_run=True)
+    main(independent, out)
+    expected, before = c.contents(out), c.snapshot(out)
+    for path in (out / name for name in gone):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in (out, out / "draft") if "draft" not in gone else (out,):
+        for name in LEFTOVERS:  # of a run that was killed
+            (folder / name).write_text("half")
+    shards = [path for path in out.rglob("*.safetensors") if path.exists()]
+    main(independent, out, dry_run=True, report=tmp_path / "r.json")
     assert json.loads((tmp_path / "r.json").read_text())["status"] == "planned"
-
-
-def test_another_draft_replaces_the_shard_in_its_folder_only(several, tmp_path, capsys):
-    kept = (tmp_path / "out" / SHARD).stat().st_ino
-    write_checkpoint(several / "draft", {SHARD: one_weight("b", 5)[0]}, CONFIG, index=False)
     capsys.readouterr()
-    main(several, tmp_path / "out")
-    printed = capsys.readouterr().out
-    assert f"read differently): draft/{SHARD}\n" in printed
-    assert (tmp_path / "out" / SHARD).stat().st_ino == kept
-    assert_holds(tmp_path / "out/draft" / SHARD, one_weight("b", 5)[1])
+    main(independent, out, report=tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["status"] == "complete"
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", report["date"])
+    assert c.contents(out) == expected
+    after = c.snapshot(out)
+    assert [path for path in shards if after[path] != before[path]] == []
+    assert f"Already there: {len(shards)} of 4 shards\n" in capsys.readouterr().out
+    assert c.is_kept(independent, out, capsys)
 
 
-def test_leftovers_of_a_killed_run_in_a_folder_are_removed(several, tmp_path):
-    expected = contents(tmp_path / "out")
-    for name in (f"{SHARD}.{'0' * 16}.tmp", "config.json.fp8_cast_bf16.tmp"):
-        (tmp_path / "out/draft" / name).write_text("half")
-    main(several, tmp_path / "out")
-    assert contents(tmp_path / "out") == expected
+@pytest.mark.parametrize("names", range(8))
+def test_whenever_a_run_is_interrupted_nothing_half_done_looks_done(
+        independent, tmp_path, monkeypatch, names):
+    """It is when one more name is about to be given; four shards come first, then four files."""
+    main(independent, tmp_path / "expected")
+    expected, out, left = c.contents(tmp_path / "expected"), tmp_path / "out", [*range(names)]
+
+    def interrupt(*paths):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+
+    with monkeypatch.context() as patch:
+        c.watch(patch, "rename", interrupt)
+        assert cli(c.arguments(independent, "--workers", "1")) == 130
+    found = c.contents(out)
+    assert len(found) == names  # No lock and no unfinished file is among them.
+    assert found.items() <= expected.items()
+    assert "config.json" not in found
+    main(independent, out)
+    assert c.contents(out) == expected
 
 
-def test_a_dry_run_with_folders_writes_nothing(several, tmp_path, capsys):
-    shutil.rmtree(tmp_path / "out")
-    before = contents(tmp_path)
-    capsys.readouterr()
-    main(several, tmp_path / "out", dry_run=True)
-    assert "Input: 2 shards, 6 tensors, " in capsys.readouterr().out
-    assert contents(tmp_path) == before
+# --- fingerprints: which change of the input makes a shard another one ---
 
 
-def test_weights_of_one_name_in_two_folders_are_both_listed(tmp_path, capsys):
-    kept = {"w.weight": finite_codes(4, 4), **{f"x{i}": torch.ones(1) for i in range(9)}}
-    source = write_checkpoint(tmp_path / "in", {SHARD: kept}, {}, index=False)
-    draft = {"w.weight": finite_codes(4, 4), "y": torch.ones(1)}
-    write_checkpoint(source / "draft", {SHARD: draft}, {}, index=False)
-    main(source, tmp_path / "out", report=tmp_path / "r.json")
-    printed = capsys.readouterr().out
-    assert printed.splitlines()[-1].startswith("2 weights are still FP8: ")
-    assert len(json.loads((tmp_path / "r.json").read_text())["kept_in_fp8"]) == 2
+def test_a_version_with_more_families_takes_the_shards_of_an_earlier_one(source, out):
+    code = ("import sys, fp8_cast_bf16 as f\n"
+            "f.VERSION = '99'\n"
+            "f.FORMATS[:] = [row._replace(title=row.title + ', Newcomer') for row in f.FORMATS]\n"
+            "sys.exit(f.cli(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, *c.arguments(source)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout.endswith(c.NOTHING)) == (0, True), done.stderr
 
 
-def test_leftovers_of_a_killed_run_are_removed(source, out):
-    expected = contents(out)
-    for name in (f"{ONE}.{'0' * 16}", f"{INDEX}.fp8_cast_bf16", "config.json.fp8_cast_bf16",
-                 "tokenizer.json.fp8_cast_bf16", "probe123.fp8_cast_bf16"):
-        (out / f"{name}.tmp").write_text("half")
-    main(source, out)
-    assert contents(out) == expected
+def test_another_checkpoint_with_the_same_headers_never_replaces_an_output(
+        source, out, tmp_path, capsys):
+    other = c.write_checkpoint(tmp_path / "other", c.several_kinds(seed=1)[0], CONFIG)
+    shutil.copy(source / "tokenizer.json", other)
+    main(other, tmp_path / "expected")
+    assert (out / ONE).stat().st_size == (tmp_path / "expected" / ONE).stat().st_size
+    keys = {c.metadata_of(folder / name)[KEY]
+            for folder in (out, tmp_path / "expected") for name in (ONE, TWO)}
+    assert len(keys - {"0" * 16}) == 4
+    assert not c.is_kept(other, out, capsys)
+    for name in (ONE, TWO):
+        (out / name).unlink()  # as the message says
+    main(other, out)
+    assert c.contents(out) == c.contents(tmp_path / "expected")
+
+
+LARGE = {"w.weight": c.finite_codes(400, 400),
+         "w.weight_scale_inv": torch.rand(4, 4) / 1000, "norm": torch.ones(9000)}
+
+
+@pytest.mark.parametrize("name, where, noticed", [
+    ("w.weight", "first", False), *(("w.weight", offset, True) for offset in (0, 2047, -2048)),
+    *(("w.weight_scale_inv", where, True) for where in ("first", "last")),
+    *(("norm", where, True) for where in ("first", 0, "last"))])
+def test_a_tensor_that_was_retrained_makes_the_shard_another_one(
+        tmp_path, capsys, name, where, noticed):
+    """One page, in the middle, of a large weight is looked at; --verify looks at all of it."""
+    given = {ONE: LARGE, TWO: {"x": torch.ones(3)}}
+    source = c.write_checkpoint(tmp_path / "in", given, CONFIG)
+    main(source, tmp_path / "out")
+    header = c.header_of(source / ONE)
+    begin, end = (len(header) + at for at in json.loads(header[8:])[name]["data_offsets"])
+    c.flip(source / ONE, {"first": begin + 3, "last": end - 1}.get(where) or (
+        begin + end) // 2 + where)
+    assert c.is_kept(source, tmp_path / "out", capsys) != noticed
+    with pytest.raises(CheckpointError, match=f"delete {tmp_path / 'out' / ONE} and run"):
+        main(source, tmp_path / "out", verify=True)
+    c.write_checkpoint(source, given, CONFIG)
+    assert c.is_kept(source, tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("change, same", [
+    ({"weight_block_size": [128, 64]}, False), ({"weight_scale_semantics": "inverse"}, False),
+    ({"ignored_layers": ["lm_head"]}, True)])
+def test_a_config_that_gives_the_same_data_another_meaning_makes_other_shards(
+        tmp_path, capsys, change, same):
+    """Two scales for 100 columns fit blocks of 64 and of 96."""
+    given = {ONE: {"a.weight": c.finite_codes(100, 100),
+                   "a.weight_scale_inv": torch.rand(1, 2) + 0.5}, TWO: {"norm": torch.ones(9)}}
+    config = {"quantization_config": {**c.FP8_CONFIG, "weight_block_size": [128, 96]}}
+    source = c.write_checkpoint(tmp_path / "in", given, config)
+    main(source, tmp_path / "out")
+    c.edit_json(source / "config.json", lambda config: config["quantization_config"].update(change))
+    assert c.is_kept(source, tmp_path / "out", capsys) == same
+    (tmp_path / "out" / ONE).unlink()
+    main(source, tmp_path / "out")
+    main(source, tmp_path / "out", verify=True)
+
+
+def test_a_forgotten_option_replaces_nothing(tmp_path, capsys):
+    given = {ONE: {"a.weight": c.finite_codes(9, 9)}, TWO: {"norm": torch.ones(9)}}
+    source = c.write_checkpoint(tmp_path / "in", given, CONFIG)
+    main(source, tmp_path / "out", missing_scale="cast")
+    assert not c.is_kept(source, tmp_path / "out", capsys)
+    main(source, tmp_path / "out", missing_scale="cast")
+
+
+# --- an input that changes while it is read ---
+
+
+def change(path, kind):
+    """Let a shard become another of the same names, by one of the ways of downloads."""
+    old, fresh = path.stat(), path.with_name(".fresh")
+    save_file(c.one_weight("c" if path.name == EXTRA else "d", seed=7)[0], fresh, {"format": "pt"})
+    if kind == "replaced":
+        return os.replace(fresh, path)
+    content = fresh.read_bytes()
+    fresh.unlink()
+    with open(path, "r+b") as file:
+        file.write(content)
+        file.truncate(len(content) - 5000 * (kind == "truncated"))
+    return os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+
+
+def when(monkeypatch, moment, name, act):
+    """Act once, at a moment in the life of an output shard; return a list that is empty then."""
+    left = [act]
+
+    def once(at, path):
+        if left and moment == at and Path(path).name.startswith(name):
+            left.pop()()
+
+    c.watch(monkeypatch, "open", lambda path, flags, *_: flags & os.O_RDWR and once("begun", path))
+    c.watch(monkeypatch, "fsync", lambda number: once("written", c.file_of(number)))
+    c.watch(monkeypatch, "rename", lambda old, new: once("named", new), after=True)
+    return left
+
+
+@pytest.mark.parametrize("moment", ["begun", "written", "named", "the last is named"])
+@pytest.mark.parametrize("kind", ["rewritten", "replaced", "truncated"])
+def test_an_input_that_changes_ends_the_run_and_what_was_made_of_it_goes(
+        independent, tmp_path, monkeypatch, capsys, kind, moment):
+    out, path, made = tmp_path / "out", independent / EXTRA, {ONE, TWO, f"draft/{SHARD}"}
+    old = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(fp8_cast_bf16, "WINDOW", 4096)
+        last = moment == "the last is named"  # The largest shard is the first, the least the last.
+        left = when(patch, "named" if last else moment, SHARD if last else EXTRA,
+                    lambda: change(path, kind))
+        assert cli(c.arguments(independent, "--workers", "1")) == 1
+    assert not left
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {path}: has changed while it was read; run the command again")
+    found = c.contents(out)
+    assert {*found} == made if last else {*found} <= made
+    for name in found:
+        c.assert_holds(out / name, c.write_independent(tmp_path / "x")[name])
+    if kind == "truncated":
+        path.write_bytes(old)
+    kept = c.snapshot(out)
+    main(independent, out)
+    main(independent, out, verify=True)
+    assert all(c.snapshot(out)[out / name] == kept[out / name] for name in found)
+    c.assert_holds(out / EXTRA, c.one_weight("c", 0 if kind == "truncated" else 7)[1])
+
+
+def test_of_two_inputs_that_change_nothing_stays(independent, tmp_path, monkeypatch):
+    when(monkeypatch, "named", SHARD, lambda: (change(independent / EXTRA, "rewritten"),
+                                               change(independent / "draft" / SHARD, "replaced")))
+    assert cli(c.arguments(independent, "--workers", "1")) == 1
+    assert {*c.contents(tmp_path / "out")} == {ONE, TWO}
+
+
+def test_an_input_of_scales_that_changes_takes_the_shard_of_their_weight_with_it(
+        source, tmp_path, monkeypatch, capsys):
+    when(monkeypatch, "named", ONE, lambda: os.utime(source / TWO))
+    assert cli(c.arguments(source, "--workers", "1")) == 1
+    assert f"{source / TWO}: has changed" in capsys.readouterr().err
+    assert c.contents(tmp_path / "out") == {}
