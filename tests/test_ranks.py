@@ -1,590 +1,365 @@
 """One conversion by several processes, as torchrun starts them, on one machine or two.
 
 Ranks share nothing but the output folder. What torchrun does is tested with torchrun; what ranks do
-when they meet in a folder, with threads that are a rank each.
+when they meet in a folder, with processes that have its variables.
 """
 
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-import fp8_cast_bf16 as f
-from agent import Job
-from checkpoints import (
-    CONFIG,
-    INDEX,
-    ONE,
-    ROOT,
-    TWO,
-    arguments,
-    contents,
-    several_kinds,
-    write_checkpoint,
-)
-from fp8_cast_bf16 import CheckpointError, Ranks, cli, main
-from make_checkpoint import make_checkpoint
+from agent import SCRIPT, Job, rank, torchrun
+from checkpoints import CONFIG, INDEX, SHARD, contents, finite_codes, one_weight, write_checkpoint
+from checkpoints import arguments as folders_of
+from fp8_cast_bf16 import cli, main
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-CPU = ["--device", "cpu", "--workers", "2"]
 RANKS = "fp8_cast_bf16.ranks"
 BUSY = "another run is writing there"
-SMALL = """
-import os, signal, subprocess, sys, time
-sys.path.insert(0, {root!r})
-import fp8_cast_bf16 as f
-f.WINDOW, f.POLL, f.PATIENCE = 16 << 12, 0.02, 2
-rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-real, calls = f.render, []
-
-def render(shard, header, start, stop, worker):
-    calls.append((shard.name, start))
-    {disturb}
-    return real(shard, header, start, stop, worker)
-
-f.render = render
-{instead}
-status = f.cli(sys.argv[1:])
-open(os.path.join({folder!r}, f"calls{{attempt}}.{{rank}}"), "w").write(repr(calls))
-sys.exit(status)
-"""
-
-
-def script(folder: Path, disturb: str = "pass", instead: str = "") -> Path:
-    """Write a script that converts in tiny windows, and does something at each, or before all."""
-    path = folder / "small.py"
-    path.write_text(SMALL.format(root=str(ROOT), folder=str(folder), disturb=disturb,
-                                 instead=instead))
-    return path
-
-
-def start(ranks: int, path: Path, *options: str, launcher=()) -> Job:
-    command = ["--nproc-per-node", str(ranks), *launcher, str(path)]
-    return Job([*command, *arguments(path.parent / "in", *CPU), *options])
-
-
-def end(job: Job) -> subprocess.CompletedProcess:
-    try:
-        job.wait(timeout=60)
-    except BaseException:
-        job.terminate()  # Its agent ends the ranks, too.
-        raise
-    return subprocess.CompletedProcess((), job.poll(), *job.output)
-
-
-def run(ranks: int, path: Path, *options: str, launcher=()) -> subprocess.CompletedProcess:
-    return end(start(ranks, path, *options, launcher=launcher))
+A, B, C = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A checkpoint of three shards, and beside it what one process makes of it."""
-    folder = tmp_path_factory.mktemp("made")
-    make_checkpoint(folder / "in", 10**6, 3)
+    """A checkpoint of three shards, of which rank 1 of two makes B; and beside it, what one process
+    makes of it, and what a job that was killed has left.
+    """
+    folder, shards = tmp_path_factory.mktemp("made"), {}
+    for seed, name in enumerate([A, B, C]):
+        shards[name] = {f"{seed}.weight": finite_codes(260, 200, seed=seed),
+                        f"{seed}.weight_scale_inv": torch.full((3, 2), 0.001)}
+    write_checkpoint(folder / "in", shards, CONFIG)
     (folder / "in/tokenizer.json").write_text("{}")
     main(folder / "in", folder / "expected")
+    [killed] = run(folder, only=[0], disturb="each_window(lambda number: number == 20 and die())")
+    assert killed.poll() == -9
+    (folder / "out").rename(folder / "killed")
     return folder
 
 
 @pytest.fixture
 def folder(tmp_path, made):
-    """A copy of the checkpoint and of what is made of it."""
     return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
 
 
-def shares(folder: Path, ranks: int, attempt: int = 0) -> list[list]:
-    """Return the windows that each rank has rendered."""
-    return [eval((folder / f"calls{attempt}.{rank}").read_text()) for rank in range(ranks)]
+def arguments(folder: Path) -> list[str]:
+    report = f"{folder}/report.json"
+    return folders_of(folder / "in", "--device", "cpu", "--workers", "2", "--report", report)
 
 
-def whole_shards(left: dict[str, bytes]) -> dict[str, bytes]:
-    """Return the files that claim to be whole: all but temporary ones and that of the ranks."""
-    return {name: data for name, data in left.items() if not name.endswith((".tmp", RANKS))}
+def start(folder: Path, *options: str, count: int = 2, only=None, disturb: str = "") -> list[Job]:
+    """Start ranks of a job, or only some of them."""
+    command = [*arguments(folder), *options]
+    return [Job(rank, number, count, disturb, command) for number in only or range(count)]
 
 
-def assert_unfinished(folder: Path) -> None:
-    """See that an output does not look complete, and that what has its name is whole."""
+def run(folder: Path, *options: str, **more) -> list[Job]:
+    return [job.wait() for job in start(folder, *options, **more)]
+
+
+def launch(folder: Path, *launcher: str, disturb: str = "", count: int = 2) -> Job:
+    """Start torchrun, with two ranks if not told otherwise."""
+    (folder / "convert.py").write_text(SCRIPT.format(disturb=disturb))
+    program = [] if "--no-python" in launcher else [str(folder / "convert.py")]
+    return Job(torchrun, "--nproc-per-node", str(count), *launcher, *program, *arguments(folder))
+
+
+def assert_done(folder: Path, *jobs: Job) -> None:
+    """See that all have succeeded, and that the output is what one process makes."""
+    for job in jobs:
+        assert job.poll() == 0, job.err
+    assert contents(folder / "out") == contents(folder / "expected")
+
+
+def assert_unfinished(folder: Path, *jobs: Job) -> None:
+    """See that all have failed, that the output does not look complete, that what has its name is
+    whole, and that the next job completes it.
+    """
+    assert {job.poll() for job in jobs} == {1}
     left, expected = contents(folder / "out"), contents(folder / "expected")
     assert not {INDEX, "config.json"} & {*left}
-    assert all(expected[name] == data for name, data in whole_shards(left).items())
+    for name, data in left.items():
+        assert name.endswith((".tmp", ".lock", RANKS)) or expected[name] == data
+    assert_done(folder, *run(folder))
+
+
+def await_temporary(folder: Path, jobs: list[Job], count: int) -> None:
+    """Return when so many shards are being written."""
+    while len([*folder.glob("out/*.safetensors.*.tmp")]) < count:
+        assert all(job.poll() is None for job in jobs), jobs[-1].err
+        time.sleep(0.01)
+
+
+def reports(folder: Path) -> list[dict]:
+    """Return the reports of the ranks, by their numbers."""
+    paths = sorted(folder.glob("report*"), key=lambda path: path.stem[6:])
+    assert [path.name for path in paths] == [
+        f"report{f'.rank{number}' * bool(number)}.json" for number in range(len(paths))]
+    return [json.loads(path.read_text()) for path in paths]
 
 
 # --- what torchrun does ---
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_any_number_of_ranks_makes_the_same_bytes(folder, ranks):
-    done = run(ranks, script(folder, "time.sleep(0.005)"), "--report", str(folder / "report.json"))
-    assert done.returncode == 0, done.stderr
-    assert contents(folder / "out") == contents(folder / "expected")
-    windows = [window for share in shares(folder, ranks) for window in share]
-    assert len(windows) == len({*windows}) > 200
-    assert min(map(len, shares(folder, ranks))) > len(windows) / ranks / 3
-    for other in range(ranks):
-        names = {name for name, _ in shares(folder, ranks)[other]}
-        assert sum(names <= {name for name, _ in share} for share in shares(folder, ranks)) == 1
-    assert done.stdout.count("Converted 3 shards") == 1
-    reports = [folder / "report.json", *(folder / f"report.rank{i}.json" for i in range(1, ranks))]
-    assert sorted(folder.glob("report*")) == sorted(reports)
-    written = [json.loads(report.read_text())["bytes_written"] for report in reports]
-    assert min(written) > 0
-    assert sum(written) == sum(
-        path.stat().st_size for path in (folder / "out").glob("*.safetensors")
-    )
-    again = run(ranks, script(folder))
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.endswith("Nothing to do: the output is complete\n")
+def by_a_shell(folder):
+    wrapper = folder / "wrapper.sh"
+    wrapper.write_text(f'#!/bin/sh\n{sys.executable} {folder}/convert.py "$@"\nexit $?\n')
+    wrapper.chmod(0o755)
+    return [launch(folder, "--no-python", str(wrapper))]
 
 
-def test_ranks_make_the_folders_of_a_checkpoint_as_one_process_does(tmp_path):
-    make_checkpoint(tmp_path / "in", 10**6, 3)
-    write_checkpoint(tmp_path / "in/draft", several_kinds()[0], CONFIG)
-    (tmp_path / "in/draft/tokenizer.json").write_text("{}")
-    main(tmp_path / "in", tmp_path / "expected")
-    done = run(2, script(tmp_path), "--report", str(tmp_path / "report.json"))
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-    assert f"draft/{ONE}" in {name for share in shares(tmp_path, 2) for name, _ in share}
-    assert done.stdout.count("Converted 5 shards") == 1
-    done = run(2, script(tmp_path), "--verify")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Verified ") == 1
-    (tmp_path / "out/draft" / TWO).unlink()
-    done = run(2, script(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-
-
-def test_several_processes_without_torchrun_are_told_so(folder):
-    environment = {**os.environ, "OMPI_COMM_WORLD_RANK": "1", "SLURM_PROCID": "1"}
-    told = folder / "told"
-    path = script(folder, f"while not os.path.exists({str(told)!r}): time.sleep(0.01)")
-    command = [sys.executable, str(path), *arguments(folder / "in", *CPU)]
-    environment |= {"RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
-    first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    try:
-        while not list(folder.glob("out/*.safetensors.*.tmp")):
-            assert first.poll() is None
-            time.sleep(0.01)
-        second = subprocess.run(command, env=environment, capture_output=True, text=True)
-    finally:
-        told.touch()
-        assert first.wait() == 0
-    assert second.returncode == 1
-    assert "Started several times? Start it once, or with torchrun" in second.stderr
-    assert contents(folder / "out") == contents(folder / "expected")
-
-
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_rank_loses_nothing(folder, killed):
-    disturb = (
-        f"time.sleep(0.005)\n    if len(calls) >= 30 and rank == {killed} and attempt == 0: "
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = run(2, script(folder, disturb))
-    assert done.returncode == 1
-    assert_unfinished(folder)
-    done = run(2, script(folder))
-    assert done.returncode == 0, done.stderr
-    assert contents(folder / "out") == contents(folder / "expected")
-
-
-@pytest.mark.parametrize("killed", [0, 1])
-def test_with_restarts_the_launcher_goes_on_after_a_killed_rank(folder, killed):
-    disturb = (
-        f"time.sleep(0.005)\n    if len(calls) >= 60 and rank == {killed} and attempt == 0: "
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    done = run(2, script(folder, disturb), launcher=["--max-restarts", "1"])
-    assert done.returncode == 0, done.stderr
-    assert contents(folder / "out") == contents(folder / "expected")
-    assert shares(folder, 2, attempt=1)
-
-
-def test_a_rank_that_fails_ends_the_job_with_its_message(folder):
-    disturb = "if rank == 1 and len(calls) > 20: raise RuntimeError('the GPU is gone')"
-    done = run(3, script(folder, disturb))
-    assert done.returncode == 1
-    assert "error: the GPU is gone\n" in done.stderr
-    assert not {INDEX, "config.json"} & {*contents(folder / "out")}
-
-
-def test_what_rank_0_refuses_ends_the_job_before_anything_is_written(folder):
-    (folder / "out").mkdir()
-    (folder / "out/other.safetensors").write_text("mine")
-    done = run(2, script(folder))
-    assert done.returncode == 1
-    assert "holds other.safetensors, which this checkpoint does not have" in done.stderr
-    assert contents(folder / "out") == {"other.safetensors": b"mine"}
-
-
-def test_a_rank_with_another_input_is_refused_with_both_digests(folder):
-    shutil.copytree(folder / "in", folder / "other")
-    for path in [*(folder / "other").glob("*.safetensors"), folder / "other" / INDEX]:
-        path.write_bytes(path.read_bytes().replace(b"0.mlp.gate.w", b"0.mlp.gate.v"))
-    other = "sys.argv = [a + '/../other' * (rank and a.endswith('/in')) for a in sys.argv]"
-    done = run(2, script(folder, instead=other))
-    assert done.returncode == 1
-    found = re.search(r"rank 1 has the plan ([0-9a-f]{16}), rank 0 has ([0-9a-f]{16})", done.stderr)
-    assert found[1] != found[2] == (folder / "out" / RANKS).read_text()
-    assert_unfinished(folder)
-    done = run(2, script(folder))
-    assert done.returncode == 0, done.stderr
-    assert contents(folder / "out") == contents(folder / "expected")
-
-
-def test_dry_run_and_verify_run_with_ranks(folder):
-    path = script(folder)
-    done = run(2, path, "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Input: 3 shards") == 1
-    assert not (folder / "out").exists()
-    shutil.copytree(folder / "expected", folder / "out")
-    done = run(2, path, "--verify")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Verified ") == 1
-    before = contents(folder / "out")
-    for name in before:
-        if name.endswith(".safetensors"):
-            (folder / "out" / name).write_bytes(before[name][:-2] + b"ab")
-            done = run(2, path, "--verify")
-            assert done.returncode == 1
-            assert done.stdout.count(": element [") == 1
-            assert "differs from what the input gives in 1 place; delete" in done.stderr
-            (folder / "out" / name).write_bytes(before[name])
-
-
-def agents(path: Path, hosts: list[tuple[list[str], str]]) -> list[subprocess.Popen]:
-    """Run a torchrun agent with two ranks on each host: a prefix of its command, its address."""
+def on_two_machines(folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for prefix, address in hosts:
-        command = [*prefix, *TORCHRUN, "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend"]
-        command += ["c10d", "--rdzv-endpoint", f"{hosts[0][1]}:{port}", "--rdzv-id", "job"]
-        command += ["--local-addr", address, "--rdzv-conf", f"is_host={int(not processes)}"]
-        command += [path, *arguments(path.parent / "in", *CPU)]
-        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE))
-    for process in processes:
-        process.out, process.err = process.communicate(timeout=60)
-    return processes
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    agents = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", address, "--rdzv-id",
+              "job", "--local-addr", "127.0.0.1", "--rdzv-conf"]
+    return [launch(folder, *agents, f"is_host={host}", count=1) for host in (1, 0)]
 
 
-def test_two_machines_are_two_agents(folder):
-    done = agents(script(folder, "time.sleep(0.005)"), [([], "127.0.0.1")] * 2)
-    for agent in done:
-        assert agent.returncode == 0, agent.err.decode()
-    assert contents(folder / "out") == contents(folder / "expected")
-    assert sum(b"Converted 3 shards" in agent.out for agent in done) == 1
-    assert sorted(len({name for name, _ in share}) for share in shares(folder, 4)) == [0, 1, 1, 1]
+@pytest.mark.parametrize("begin", [lambda folder: [launch(folder)], by_a_shell, on_two_machines])
+def test_torchrun_makes_what_one_process_makes_and_each_rank_its_share(folder, begin):
+    jobs = [job.wait() for job in begin(folder)]
+    assert_done(folder, *jobs)
+    assert sum(job.out.count("Converted: ") for job in jobs) == 1
+    assert [report["bytes_written"] for report in reports(folder)] == [
+        sum((folder / "out" / name).stat().st_size for name in names) for names in ([A, C], [B])]
 
 
-@pytest.fixture
-def namespaces():
-    """Two network namespaces that see each other alone, as two hosts."""
-    names = veths = f"fp8a{os.getpid()}", f"fp8b{os.getpid()}"
-    commands = [["ip", "netns", "add", name] for name in names]
-    commands += [["ip", "link", "add", veths[0], "type", "veth", "peer", "name", veths[1]]]
-    for i, (name, veth) in enumerate(zip(names, veths, strict=True)):
-        commands += [["ip", "link", "set", veth, "netns", name]]
-        inside = ["ip", "-n", name]
-        commands += [[*inside, "addr", "add", f"10.77.0.{i + 1}/24", "dev", veth]]
-        commands += [[*inside, "link", "set", veth, "up"], [*inside, "link", "set", "lo", "up"]]
-    try:
-        for command in commands:
-            if not shutil.which("ip") or subprocess.run(command, capture_output=True).returncode:
-                pytest.skip("may not make network namespaces")
-        yield names
-    finally:
-        for name in names if shutil.which("ip") else ():
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+def test_a_python_program_that_a_rank_starts_is_no_rank_nor_is_a_call(folder):
+    """As a training job that converts a checkpoint by a command, or itself."""
+    disturb = (
+        "import subprocess, fp8_cast_bf16 as f\n"
+        "arguments[3] += str(rank)\n"
+        "arguments[-1] += str(rank)\n"
+        "assert subprocess.run([sys.executable, f.__file__, *arguments]).returncode == 0\n"
+        "f.main(arguments[1], arguments[3] + 'called')\n"
+        "sys.exit()")
+    job = launch(folder, disturb=disturb).wait()
+    assert job.poll() == 0, job.err
+    for out in ("out0", "out1", "out0called", "out1called"):
+        assert contents(folder / out) == contents(folder / "expected")
 
 
-def test_two_network_namespaces_are_two_hosts(folder, namespaces):
-    hosts = [(["ip", "netns", "exec", name], f"10.77.0.{i + 1}")
-             for i, name in enumerate(namespaces)]
-    done = agents(script(folder, "time.sleep(0.005)"), hosts)
-    for agent in done:
-        assert agent.returncode == 0, agent.err.decode()
-    assert contents(folder / "out") == contents(folder / "expected")
+def test_with_restarts_the_launcher_goes_on_after_a_killed_rank(folder):
+    disturb = "each_window(lambda number: number == 20 and rank == 1 and attempt == 0 and die())"
+    job = launch(folder, "--max-restarts", "1", disturb=disturb).wait()
+    assert_done(folder, job)
+    assert "exitcode: -9" in job.err
 
 
-def await_temporary(folder: Path, job: Job, count: int = 2) -> None:
-    """Return when as many shards as there are ranks are being written."""
-    while len(list(folder.glob("out/*.safetensors.*.tmp"))) < count:
-        assert job.poll() is None, job.output[1]
-        time.sleep(0.01)
+def test_a_rank_that_fails_ends_the_job_with_its_message_and_another_goes_on(folder):
+    disturb = ("def fail(number):\n"
+               "    if number == 20 and rank == 1: raise OSError(5, 'the disk is gone')\n"
+               "each_window(fail)")
+    job = launch(folder, disturb=disturb).wait()
+    assert re.search(r"error: .*\.tmp: the disk is gone\n", job.err)
+    assert_unfinished(folder, job)
 
 
-def test_an_interrupted_job_can_go_on(folder):
-    job = start(2, script(folder, "time.sleep(0.02)"))
-    await_temporary(folder, job)
-    job.terminate()
-    assert end(job).returncode != 0
-    assert not {INDEX, "config.json"} & {*contents(folder / "out")}
-    done = run(2, script(folder))
-    assert done.returncode == 0, done.stderr
-    assert contents(folder / "out") == contents(folder / "expected")
-
-
-def test_a_job_whose_agent_was_killed_can_be_started_again(folder):
-    """Its ranks may live on, and then keep others out until they are done."""
-    job = start(2, script(folder, "time.sleep(0.02)"))
-    await_temporary(folder, job)
+def test_a_job_of_which_the_agent_was_killed_can_be_started_again(folder):
+    """Its ranks live on, and keep others out until they are done."""
+    job = launch(folder, disturb="each_window(lambda number: time.sleep(0.05))")
+    await_temporary(folder, [job], 2)
     job.kill()
-    job.wait()
-    for _ in range(5):
-        done = run(2, script(folder))
-        if done.returncode == 0:
-            break
-        assert BUSY in done.stderr
-    assert done.returncode == 0, done.stderr
-    assert contents(folder / "out") == contents(folder / "expected")
-
-
-def test_a_job_that_is_started_twice_by_mistake_is_refused_and_does_not_disturb(folder):
-    go = str(folder / "go")
-    waits = f"while len(calls) > 20 and not os.path.exists({go!r}): time.sleep(0.01)"
-    first = start(2, script(folder, waits))
-    await_temporary(folder, first)
-    second = run(2, script(folder, "time.sleep(0.1)"))
-    assert second.returncode == 1
-    assert BUSY in second.stderr
-    assert first.poll() is None
-    (folder / "go").touch()
-    first = end(first)
-    assert first.returncode == 0, first.stderr
-    assert contents(folder / "out") == contents(folder / "expected")
-
-
-def test_a_process_that_a_rank_starts_is_no_rank(folder):
-    """As a training job that converts a checkpoint by a command."""
-    instead = (
-        "sys.argv[4] += str(rank)\n"
-        "command = [sys.executable, f.__file__, *sys.argv[1:]]\n"
-        "done = subprocess.run(command, capture_output=True, text=True)\n"
-        "assert done.returncode == 0, done.stderr\n"
-        "sys.exit()"
-    )
-    done = run(2, script(folder, instead=instead))
-    assert done.returncode == 0, done.stderr
-    for rank in range(2):
-        assert contents(folder / f"out{rank}") == contents(folder / "expected")
-
-
-def test_a_call_from_python_is_no_rank_unless_asked(folder):
-    """As a training job that converts a checkpoint itself."""
-    instead = "f.main(sys.argv[2], sys.argv[4] + str(rank)); sys.exit()"
-    done = run(2, script(folder, instead=instead))
-    assert done.returncode == 0, done.stderr
-    for rank in range(2):
-        assert contents(folder / f"out{rank}") == contents(folder / "expected")
+    assert job.wait().poll() == -9
+    while (zero := run(folder, only=[0])[0]).poll():
+        assert BUSY in zero.err
+    assert_done(folder, *run(folder))
 
 
 # --- what ranks do in a folder ---
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Small windows and little patience."""
-    monkeypatch.setattr(f, "WINDOW", 16 << 12)
-    monkeypatch.setattr(f, "POLL", 0.02)
-    monkeypatch.setattr(f, "PATIENCE", 3)
-    monkeypatch.setattr(f, "STALLED", 5)
-    return monkeypatch
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_any_number_of_ranks_makes_the_same_bytes_and_a_second_run_nothing(folder, count):
+    assert_done(folder, *run(folder, count=count))
+    sizes = [report.get("bytes_written", 0) for report in reports(folder)]
+    assert len([size for size in sizes if size]) == min(count, 3)
+    assert sum(sizes) == sum(path.stat().st_size for path in folder.glob("out/*.safetensors"))
+    again = run(folder, count=count)
+    assert_done(folder, *again)
+    assert again[0].out.endswith("Nothing to do: the output is complete\n")
+    assert not any("bytes_written" in report for report in reports(folder))
 
 
-def as_ranks(folder: Path, count: int, inputs: dict | None = None, late: float = 0) -> list:
-    """Let threads convert as ranks, of which 0 or (for negative `late`) the others come late.
-
-    Return what each raised.
-    """
-
-    def convert(rank: int) -> Exception | None:
-        time.sleep(max(0, -late if rank else late))
-        source = (inputs or {}).get(rank, folder / "in")
-        try:
-            f.convert(source, folder / "out", device="cpu", workers=2,
-                      ranks=Ranks(rank, count, rank, count), report=folder / "report.json")
-        except (CheckpointError, OSError) as error:
-            return error
-        return None
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(convert, range(count)))
+def test_ranks_make_and_verify_the_folders_of_a_checkpoint_as_one_process_does(folder):
+    write_checkpoint(folder / "in/draft", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    shutil.rmtree(folder / "expected")
+    main(folder / "in", folder / "expected")
+    assert_done(folder, *run(folder))
+    for missing in (f"draft/{SHARD}", B):
+        (folder / "out" / missing).unlink()
+        assert_done(folder, *run(folder))
+    assert_done(folder, *run(folder, "--verify"))
 
 
-def test_the_division_is_over_all_planned_shards_and_even(folder):
-    plan = f.make_plan(folder / "in")
-    for count in (1, 2, 3, 5):
-        divided = [f.shards_of_rank(plan.shards, rank, count) for rank in range(count)]
-        names = [shard.name for mine in divided for shard in mine]
-        assert sorted(names) == sorted(shard.name for shard in plan.shards)
-        sizes = [sum(shard.size for shard in mine) for mine in divided]
-        assert max(sizes) - min(sizes) <= max(shard.size for shard in plan.shards)
-
-
-@pytest.mark.parametrize("late", [1.0, -1.0])
-def test_ranks_without_a_shard_end(tmp_path, quick, late):
-    tensors = {name: t for shard in several_kinds()[0].values() for name, t in shard.items()}
-    write_checkpoint(tmp_path / "in", {"model.safetensors": tensors}, CONFIG, index=False)
-    main(tmp_path / "in", tmp_path / "expected")
-    assert as_ranks(tmp_path, 3, late=late) == [None] * 3
-    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-
-
-@pytest.mark.parametrize("late", [1.0, -1.0])
-@pytest.mark.parametrize("missing", [[], [INDEX], [0], [1], [0, 1, INDEX]])
-def test_ranks_that_come_at_different_times_make_what_is_missing(folder, quick, missing, late):
-    shutil.copytree(folder / "expected", folder / "out")
-    shards = sorted(path.name for path in (folder / "out").glob("*.safetensors"))
+@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("missing", [[], [INDEX], [A], [B], [A, B, C, INDEX]])
+def test_ranks_that_come_at_different_times_make_what_is_missing(folder, missing, late):
+    (folder / "expected").rename(folder / "out")
+    shutil.copytree(folder / "out", folder / "expected")
     for name in missing:
-        (folder / "out" / (name if name == INDEX else shards[name])).unlink()
-    assert as_ranks(folder, 2, late=late) == [None, None]
-    assert contents(folder / "out") == contents(folder / "expected")
+        (folder / "out" / name).unlink()
+    assert_done(folder, *run(folder, disturb=f"time.sleep(rank == {late})"))
 
 
-@pytest.mark.parametrize("stale", ["same", "other"])
-@pytest.mark.parametrize("late", [0.5, -0.5])
-def test_what_an_earlier_job_left_does_not_mislead(folder, quick, stale, late):
+@pytest.mark.parametrize("late", [0, 1, None])
+@pytest.mark.parametrize("stale", [False, True])
+def test_what_a_killed_job_left_does_not_mislead(folder, stale, late):
     """Its digest, which may be the same, and its temporary files, which may be in use at once."""
-    out = folder / "out"
-    out.mkdir()
-    plan = f.make_plan(folder / "in")
-    (out / RANKS).write_text(f.digest_of(plan) if stale == "same" else "0" * 16)
-    for shard in plan.shards:
-        fingerprint = f.fingerprint_of(shard, f.Worker(torch.device("cpu"), 0))
-        for name in (fingerprint, "0" * 16):
-            f.temporary(out / shard.name, name).write_text("half")
-    assert as_ranks(folder, 2, late=late) == [None, None]
-    assert contents(out) == contents(folder / "expected")
+    (folder / "killed").rename(folder / "out")
+    assert [*folder.glob("out/*.tmp")]
+    if stale:
+        (folder / "out" / RANKS).write_text("0123456789abcdef")
+    count = 1 if late is None else 2  # One process alone removes what ranks have left.
+    assert_done(folder, *run(folder, disturb=f"time.sleep(rank == {late})", count=count))
 
 
-def test_a_rank_that_begins_before_rank_0_has_cleaned_up_keeps_its_files(folder, quick):
-    """With the digest of a crashed job there, others are at work when rank 0 looks around."""
-    out = folder / "out"
-    out.mkdir()
-    plan = f.make_plan(folder / "in")
-    (out / RANKS).write_text(f.digest_of(plan))
-    real, begun = f.render, threading.Event()
-
-    def slow(*operands):
-        begun.set()
-        time.sleep(0.01)
-        return real(*operands)
-
-    def after_others(*operands):
-        begun.wait(10)
-        time.sleep(0.1)
-        return inspect(*operands)
-
-    inspect = f.inspect_output
-    quick.setattr(f, "STALLED", 20)
-    quick.setattr(f, "render", slow)
-    quick.setattr(f, "inspect_output", after_others)
-    threading.Timer(3, begun.set).start()  # if the others rightly wait
-    assert as_ranks(folder, 2) == [None, None]
-    assert contents(out) == contents(folder / "expected")
+def test_a_rank_may_make_its_shard_while_rank_0_looks_at_the_output(folder):
+    """With the digest of a killed job there, others need not wait for rank 0."""
+    (folder / "killed").rename(folder / "out")
+    for path in (*folder.glob("out/*.tmp"), folder / "out" / B):
+        path.unlink(missing_ok=True)
+    disturb = ("if rank == 0:\n"
+               "    await_files({out!r}, {shard!r} + '*')\n"  # Unfinished, or finished already.
+               "    real = shutil.disk_usage\n"
+               "    shutil.disk_usage = lambda path: await_files({out!r}, {shard!r}) or real(path)")
+    out = str(folder / "out")
+    assert_done(folder, *run(folder, disturb=disturb.format(out=out, shard=B)))
 
 
-def test_another_job_may_finish_a_shard_that_a_rank_is_writing(folder, quick):
-    """Both are rank 1, of a job that was started twice, and write the same bytes."""
-    real, calls, overtaken = f.render, [], threading.Event()
-
-    def wait(*operands):
-        calls.append(threading.current_thread())
-        if len(calls) == 20:
-            overtaken.wait(10)
-        return real(*operands)
-
-    def rank(number):
-        f.convert(folder / "in", folder / "out", device="cpu", workers=1, ranks=Ranks(number, 2))
-
-    quick.setattr(f, "STALLED", 20)
-    plan = f.make_plan(folder / "in")
-    done = len(f.shards_of_rank(plan.shards, 0, 2))
-    with ThreadPoolExecutor(3) as pool:
-        rank_0 = pool.submit(rank, 0)
-        while len(list(folder.glob("out/*.safetensors"))) < done:
-            time.sleep(0.01)
-        quick.setattr(f, "render", wait)
-        slow = pool.submit(rank, 1)
-        while len(calls) < 20:
-            time.sleep(0.01)
-        pool.submit(rank, 1).result()
-        overtaken.set()
-        slow.result()
-        rank_0.result()
-    assert contents(folder / "out") == contents(folder / "expected")
+@pytest.mark.parametrize("act, said", [
+    ("Path({out!r}).write_text('mine')", "{out}: has appeared while this run was writing it"),
+    ("os.utime({source!r})", "{source}: has changed while it was read")])
+def test_a_file_of_somebody_else_and_an_input_that_changes_end_the_job(folder, act, said):
+    """The file is kept, and no shard of the input published."""
+    out, names = folder / "out" / B, {"out": f"{folder}/out/{B}", "source": f"{folder}/in/{B}"}
+    disturb = f"hurry(); each_window(lambda number: rank and {act.format(**names)})"
+    zero, one = run(folder, disturb=disturb)
+    assert said.format(**names) in one.err
+    assert contents(folder / "out").get(B) == (b"mine" if "mine" in act else None)
+    out.unlink(missing_ok=True)
+    assert_unfinished(folder, zero, one)
 
 
-def test_no_rank_replaces_a_shard_that_somebody_else_wrote(folder, quick):
-    out = folder / "out"
-    out.mkdir()
-    plan = f.make_plan(folder / "in")
-    (out / RANKS).write_text(f.digest_of(plan))
-    for shard in plan.shards:
-        (out / shard.name).write_text("mine")
-    errors = as_ranks(folder, 2, late=0.5)
-    assert all(str(out / "model-0000") in str(error) for error in errors[:1])
-    assert {*whole_shards(contents(out)).values()} == {b"mine"}
+def test_what_is_in_the_way_ends_the_job_before_anything_is_written(folder):
+    (folder / "out").mkdir()
+    (folder / "out/other.safetensors").write_text("mine")
+    zero, one = run(folder, disturb="hurry()")
+    assert zero.poll() == one.poll() == 1
+    assert "other.safetensors: is not what this input gives" in zero.err
+    assert contents(folder / "out") == {"other.safetensors": b"mine"}
 
 
-def test_a_rank_with_an_input_of_other_values_is_refused(folder, quick):
-    shutil.copytree(folder / "in", folder / "other")
-    for path in (folder / "other").glob("*.safetensors"):
+@pytest.mark.parametrize("other", ["values", "names"])
+def test_a_rank_with_another_plan_is_refused_with_both_digests(folder, other):
+    shutil.copytree(folder / "in", folder / "other/in")
+    for path in [*folder.glob("other/in/model*")]:
         data = path.read_bytes()
-        size = 8 + int.from_bytes(data[:8], "little")
-        path.write_bytes(data[:size] + bytes(byte ^ 1 for byte in data[size:]))
-    _, error = as_ranks(folder, 2, {1: folder / "other"})
-    assert re.search("rank 1 has the plan [0-9a-f]{16}, rank 0 has [0-9a-f]{16}", str(error))
-    assert_unfinished(folder)
+        if other == "values" and path.suffix == ".safetensors":
+            start = 8 + int.from_bytes(data[:8], "little")
+            path.write_bytes(data[:start] + bytes(byte ^ 1 for byte in data[start:]))
+        elif other == "names":
+            path.write_bytes(data.replace(b"1.weight", b"9.weight"))
+    disturb = f"hurry(); arguments[1] = rank * {str(folder / 'other/in')!r} or arguments[1]"
+    zero, one = run(folder, disturb=disturb)
+    found = re.search(r"rank 1 has the plan ([0-9a-f]{16}), rank 0 has ([0-9a-f]{16})", one.err)
+    assert found[1] != found[2] == (folder / "out" / RANKS).read_text()
+    assert_unfinished(folder, zero, one)
 
 
-def test_rank_0_gives_up_when_the_others_do_nothing_for_long(folder, quick, capsys):
-    with pytest.raises(CheckpointError, match=r"shards? of other ranks ha(ve|s) stopped growing"):
-        f.convert(folder / "in", folder / "out", device="cpu", ranks=Ranks(0, 2))
-    assert_unfinished(folder)
-    assert as_ranks(folder, 2) == [None, None]
-    assert contents(folder / "out") == contents(folder / "expected")
+@pytest.mark.parametrize("number, said", [
+    (0, f"/out/{B}: one of 1 shards of other ranks that have stopped"),
+    (1, "/out: rank 0 has not prepared it; start the same command again")])
+def test_a_rank_gives_up_when_another_does_nothing_for_long(folder, number, said):
+    [job] = run(folder, only=[number], disturb="hurry()")
+    assert f"{folder}{said}" in job.err
+    assert (folder / "out").exists() == (number == 0)
+    assert_unfinished(folder, job)
 
 
-def test_a_rank_gives_up_when_rank_0_does_nothing_for_long(folder, quick):
-    with pytest.raises(CheckpointError, match="rank 0"):
-        f.convert(folder / "in", folder / "out", device="cpu", ranks=Ranks(1, 2))
-    assert not (folder / "out").exists()
+@pytest.mark.parametrize("torchrun", [True, False])
+def test_what_is_started_twice_by_mistake_is_refused_and_does_not_disturb(folder, torchrun):
+    """By torchrun, or by mpirun, whose variables say nothing to this program."""
+    count = 2 if torchrun else 1
+    waits = f"each_window(lambda number: number == 20 and await_files({str(folder)!r}, 'go')); "
+    waits += "" if torchrun else "del os.environ['TORCHELASTIC_RUN_ID']"
+    first = start(folder, count=count, disturb=waits)
+    await_temporary(folder, first, count)
+    [second] = run(folder, count=count, only=[0], disturb=waits)
+    assert second.poll() == 1
+    told = f"{BUSY}; let it end. Started several times? Start it once, or with torchrun"
+    assert told in second.err
+    assert all(job.poll() is None for job in first)
+    (folder / "go").touch()
+    assert_done(folder, *[job.wait() for job in first])
 
 
 @pytest.mark.parametrize("value", [None, "", "one"])
 def test_half_an_environment_of_torchrun_makes_no_rank(folder, monkeypatch, value):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    if value is not None:
-        monkeypatch.setenv("RANK", value)
-    assert cli(arguments(folder / "in", *CPU)) == 0
-    assert contents(folder / "out") == contents(folder / "expected")
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("RANK") if value is None else monkeypatch.setenv("RANK", value)
+    assert cli(arguments(folder)) == 0
+    assert_done(folder)
 
 
-def test_each_rank_prints_and_reports_the_nan_of_its_own_shards(tmp_path, quick, capsys):
+# --- what ranks say ---
+
+
+def test_a_dry_run_by_ranks_prints_one_plan_and_writes_nothing(folder):
+    zero, one = run(folder, "--dry-run")
+    assert zero.poll() == one.poll() == 0
+    assert (zero.out.count("Input: 3 shards"), one.out) == (1, "")
+    assert not (folder / "out").exists()
+
+
+def test_each_rank_tells_the_differences_of_its_share_and_rank_0_the_rest(folder):
+    shutil.copytree(folder / "expected", folder / "out")
+    good = run(folder, "--verify")
+    assert_done(folder, *good)
+    assert good[0].out.endswith("Verified 2 tensors, the share of rank 0: no differences\n")
+    for name in (A, B):
+        path = folder / "out" / name
+        path.write_bytes(path.read_bytes()[:-2] + b"ab")
+    (folder / "out/hf_quant_config.json").write_text("{}")
+    bad = run(folder, "--verify")
+    shares = [[f"{folder}/out/hf_quant_config.json", f"{folder}/out/{A}"], [f"{folder}/out/{B}"]]
+    for job, report, paths in zip(bad, reports(folder), shares, strict=True):
+        lines = sorted(line for line in job.err.splitlines() if line.startswith(f"{folder}/out/"))
+        assert [line.split(":")[0] for line in lines] == paths
+        assert sorted(report["differences"]) == lines
+        assert (job.poll(), report["status"]) == (1, "failed")
+
+
+def test_each_rank_tells_the_nan_of_its_share_and_what_all_know_is_told_once(tmp_path):
     nan = torch.full((4, 4), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    shards = {shard: {f"{name}.weight": nan, f"{name}.weight_scale_inv": torch.ones(1, 1)}
-              for shard, name in ((ONE, "a"), (TWO, "b"))}
+    shards = {shard: {f"{name}.weight": nan, f"{name}.weight_scale_inv": torch.ones(1, 1),
+                      f"bare.{name}.weight": finite_codes(4, 4)}
+              for shard, name in ((A, "a"), (B, "b"), (C, "c"))}
     write_checkpoint(tmp_path / "in", shards, CONFIG)
-    assert as_ranks(tmp_path, 2) == [None, None]
-    printed = capsys.readouterr().out
-    for rank, name in enumerate("ab"):
-        assert printed.count(f"16 NaN values, in {name}.weight\n") == 1
-        report = tmp_path / f"report{f'.rank{rank}' * bool(rank)}.json"
-        assert json.loads(report.read_text())["NaN"] == {f"{name}.weight": 16}
+    jobs = run(tmp_path)
+    found = [["a.weight", "c.weight"], ["b.weight"]]
+    assert [report["nonfinite"] for report in reports(tmp_path)] == found
+    for job, names in zip(jobs, found, strict=True):
+        assert job.poll() == 0
+        assert f"Warning: NaN or infinite values in {', '.join(names)}\n" in job.err
+    missing = "Warning: Missing scale_inv tensor for bare.b.weight, skipping conversion"
+    assert [job.err.count(missing) for job in jobs] == [1, 0]
+
+
+def test_the_reports_of_all_ranks_may_lie_in_the_output(folder):
+    disturb = f"rank or await_files({str(folder)!r}, 'out/report.rank1.json')"
+    jobs = run(folder, "--report", f"{folder}/out/report.json", disturb=disturb)
+    for path in folder.glob("out/report*"):
+        assert json.loads(path.read_text())["status"] == "complete"
+        path.unlink()
+    assert_done(folder, *jobs)
