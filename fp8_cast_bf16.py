@@ -2808,9 +2808,8 @@ def fill(free: queue.SimpleQueue, stream: torch.cuda.Stream | None, step: Step, 
 
 def read_ahead(steps: list[Step], pool: list[Worker],
                stamps: dict[Path, tuple[int, int]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors in their order, by name, each in memory of its own on the workers' device.
-
-    Threads render about as many windows ahead as there are workers, straight into that memory.
+    """Yield tensors in their order, by name, each in memory of its own on the workers' device, into
+    which threads render about as many windows ahead as there are workers.
     """
     free, ahead, left = queue.SimpleQueue(), deque(), iter(steps)
     home, device = os.getpid(), pool[0].device
