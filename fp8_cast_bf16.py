@@ -247,6 +247,17 @@ def walk(value, skip: Callable = lambda key, value: False) -> Iterator[tuple[str
             left += value
 
 
+def is_there(path: Path) -> bool:
+    """Return whether a name stands for anything. An error of reading does not say that it is free,
+    as os.path.lexists would have it: a config would be copied as it is.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def check_link(path: Path, root: Path) -> None:
     """Raise CheckpointError if a path is a link that leads out of the checkpoint.
 
@@ -284,7 +295,7 @@ def read_json(path: Path, root: Path) -> dict | None:
     """Return the JSON object in a file, or None if there is no file, or it is another value in a
     file such as config_list.json, which is no config.
     """
-    if not os.path.lexists(path):
+    if not is_there(path):
         return None
     check_link(path, root)
     if not path.is_file():
@@ -1937,7 +1948,7 @@ def check_loadable(path: Path) -> None:
 
 def give_name(path: Path, final: Path) -> None:
     """Give a whole file its final name, which must still be free."""
-    if os.path.lexists(final):
+    if is_there(final):
         raise CheckpointError(f"{final}: has appeared while this run was writing it; run the "
                               "command again")
     os.rename(path, final)
@@ -2347,7 +2358,7 @@ def check_shards(shards: list[Shard], workers: int) -> list[Shard]:
             wrong.append(shard)
         return 0
 
-    there = [shard for shard in shards if os.path.lexists(shard.path)]
+    there = [shard for shard in shards if is_there(shard.path)]
     with progress("checking", 0, disable=True) as bar:
         run_workers([Worker() for _ in range(workers)], ((shard,) for shard in there), check, bar)
     todo = [shard for shard in shards if shard not in there]
@@ -2378,7 +2389,7 @@ def find_strangers(folders: set[Path], known: set[Path]) -> list[Path]:
 def existing(folder: Path) -> Path:
     """Return the folder itself if it exists, or else the nearest one above that does."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents)
-                if os.path.lexists(place))
+                if is_there(place))
 
 
 def inspect_output(plans: list[Plan], out: Path, workers: int,
@@ -2390,7 +2401,7 @@ def inspect_output(plans: list[Plan], out: Path, workers: int,
     shards = [shard for plan in plans for shard in plan.shards]
     files = {plan.out / name: content for plan in plans for name, content in plan.files.items()}
     todo = check_shards(shards, workers)
-    absent = {path: content for path, content in files.items() if not os.path.lexists(path)}
+    absent = {path: content for path, content in files.items() if not is_there(path)}
     for path, content in files.items():
         if path not in absent and not same_file(path, content):
             raise refusal(path)
@@ -2438,7 +2449,7 @@ def clear(plans: list[Plan], out: Path, todo: list[Shard], several: bool) -> Non
 
     several: other ranks may be writing files, or have written them.
     """
-    taken = [shard.path for shard in todo if os.path.lexists(shard.path)]
+    taken = [shard.path for shard in todo if is_there(shard.path)]
     if taken and not several:
         raise CheckpointError(f"{taken[0]}: another run has just written it; start again")
     folders = {out, *(shard.path.parent for plan in plans for shard in plan.shards),
@@ -3149,7 +3160,7 @@ def verify_output(plans: list[Plan], job: Job, facts: dict) -> None:
     if found:
         lost = {shard.path: ", ".join(map(str, shard.proofs)) for shard in mine if shard.proofs}
         paths = sorted({path for path, _ in found})
-        there = [path for path in paths if os.path.lexists(path)]
+        there = [path for path in paths if is_there(path)]
         remedies = [f"move {path} back, or download {lost[path]} again" for path in paths
                     if path in lost and path not in there]
         remedies += [f"keep {path} until {lost[path]} has been downloaded again" if path in lost

@@ -1,5 +1,6 @@
 """Errors and death in the middle of a conversion."""
 
+import errno
 import os
 import re
 import shutil
@@ -39,6 +40,25 @@ def test_any_exception_in_a_worker_ends_the_run(source, monkeypatch, capsys, pro
     assert cli(arguments(source)) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {said}"
     assert contents(source.parent / "out") == {}
+
+
+def test_a_config_that_cannot_be_looked_up_is_not_taken_for_absent(source, monkeypatch, capsys):
+    """The first look at the name itself fails; those at what it leads to do not count."""
+    config, stat, failed = str(source / "config.json"), os.stat, []
+
+    def look(path, *more, follow_symlinks=False, **options):
+        if str(path) == config and not follow_symlinks and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO), config)
+        return stat(path, *more, follow_symlinks=follow_symlinks, **options)
+
+    monkeypatch.setattr(os, "lstat", look)
+    monkeypatch.setattr(os, "stat", lambda path, *more, follow_symlinks=True, **options: look(
+        path, *more, follow_symlinks=follow_symlinks, **options))
+    assert cli(arguments(source)) == 1
+    assert failed
+    assert capsys.readouterr().err.endswith(f"error: {config}: Input/output error\n")
+    assert not (source.parent / "out").exists()
 
 
 def test_a_disk_that_fills_up_ends_the_run_and_space_lets_it_go_on(source, monkeypatch, capsys):
