@@ -44,13 +44,13 @@ import time
 import uuid
 import warnings
 from bisect import bisect_left, bisect_right
-from collections import Counter, deque
+from collections import ChainMap, Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # Nothing here uses it.
 
@@ -273,12 +273,23 @@ def check_link(path: Path, root: Path) -> None:
                                   "outside of the checkpoint; put the file itself there (cp -L)")
 
 
+def in_full(transfer: Callable[[memoryview], int | None], view: memoryview) -> memoryview:
+    """Read into a view, or write from it, by calls that may stop early. Returns what is left of it
+    at the end of a file.
+    """
+    while view and (size := transfer(view)) != 0:
+        if size is None:  # Some network file systems do this.
+            raise BlockingIOError(errno.EAGAIN, "the file system is not ready")
+        view = view[size:]
+    return view
+
+
 def read_bytes(path: Path, start: int = 0, count: int = -1) -> bytes:
     """Return bytes of a file. Raises CheckpointError for a stand-in of git-lfs."""
     with naming(path), open(path, "rb") as file:
         file.seek(start)
-        if (data := file.read(count)) is None:  # Some network file systems do this.
-            raise BlockingIOError(errno.EAGAIN, "the file system has no data yet")
+        if (data := file.read(count)) is None:
+            raise BlockingIOError(errno.EAGAIN, "the file system is not ready")
     if start == 0 and data.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path}: is a git-lfs pointer, not the file; run `git lfs pull`")
     return data
@@ -415,12 +426,12 @@ class Changed(CheckpointError):
         self.path = path
 
 
-def find_changed(sources: Iterable[Path], stamps: dict[Path, tuple[int, int]]) -> list[Path]:
-    return [path for path in sorted(sources) if not path.exists() or stamp(path) != stamps[path]]
+def find_changed(stamps: dict[Path, tuple[int, int]]) -> list[Path]:
+    return [path for path, was in stamps.items() if not path.exists() or stamp(path) != was]
 
 
-def check_unchanged(sources: Iterable[Path], stamps: dict[Path, tuple[int, int]]) -> None:
-    for path in find_changed(sources, stamps):
+def check_unchanged(stamps: dict[Path, tuple[int, int]]) -> None:
+    for path in find_changed(stamps):
         raise Changed(path)
 
 
@@ -1375,24 +1386,27 @@ class Proof(NamedTuple):
 
     fingerprint: None, which no file has, if it names other shards only. digest: a hash over those
     of the windows, of so many bytes, of the proven file. stamps: of the input shards that were
-    still whole, by their names.
+    still whole.
     """
 
     fingerprint: str | None
     digest: str
     window: int
-    stamps: dict[str, list[int]]
+    stamps: dict[Path, tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """An output shard. proofs: what each emptied input shard that it takes from says of it; None if
-    that was emptied by version 2.0, which recorded nothing.
+    """An output shard.
+
+    stamps: size and time of each input shard that it takes data from, unless that has been emptied.
+    proofs: what an emptied one says of it, or None if version 2.0 emptied it and recorded nothing.
     """
 
     path: Path
     header: bytes
     steps: list[Step]
+    stamps: dict[Path, tuple[int, int]]
     proofs: dict[Path, Proof | None]
 
     @property
@@ -1403,11 +1417,6 @@ class Shard:
     def window(self) -> int:
         """The size of the windows by which it is hashed."""
         return next((proof.window for proof in self.proofs.values() if proof), WINDOW)
-
-    @functools.cached_property
-    def sources(self) -> set[Path]:
-        """The input shards that it takes any data from."""
-        return {tensor.path for step in self.steps for tensor in step.sources if tensor.size}
 
     def sealed(self, fingerprint: str) -> bytes:
         return FINGERPRINT.sub(fingerprint.encode(), self.header, count=1)
@@ -1437,6 +1446,10 @@ class Plan:
         return [self.checkpoint.index_name, PARAMS_NAME, CONFIG_NAME]
 
 
+def shards_of(plans: list[Plan]) -> list[Shard]:
+    return [shard for plan in plans for shard in plan.shards]
+
+
 def header_bytes(header: dict) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
@@ -1448,16 +1461,19 @@ def find_proofs(checkpoint: Checkpoint, name: str, steps: list[Step]) -> dict[Pa
     proofs = {}
     for path in sorted({path for step in steps for path in step.lost}):
         text = checkpoint.metadata[path.relative_to(checkpoint.root).as_posix()].get(PROGRAM, "")
-        proofs[path] = None
         if re.fullmatch("([0-9a-f]{16})?", text):
+            proofs[path] = None
             continue
         try:
-            takers = json.loads(text)["takers"]
-            proofs[path] = proof = Proof(*takers.get(name, (None, "", WINDOW, {})))
-            if name in takers and [*map(type, proof)] != [str, str, int, dict]:
+            fields = json.loads(text)["takers"].get(name, [None, "", WINDOW, {}])
+            fingerprint, digest, window, stamps = fields
+            if not isinstance(fingerprint, str | None) or (
+                    [type(digest), type(window)] != [str, int]):
                 raise ValueError("its fields are not text, text, a number and an object")
-            if proof.window % PAGE or not 0 < proof.window <= 1 << 30:
+            if window % PAGE or not 0 < window <= 1 << 30:
                 raise ValueError("the size of its windows is wrong")
+            stamps = {checkpoint.root / source: (*was,) for source, was in stamps.items()}
+            proofs[path] = Proof(fingerprint, digest, window, stamps)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: its record of the shards that took from it cannot be "
                                   f"read ({error}); download it again") from error
@@ -1487,8 +1503,11 @@ def plan_shard(checkpoint: Checkpoint, name: str, tensors: list[Tensor],
     text = header_bytes(header)
     placed = read_entries(path, {step.output.name: header[step.output.name] for step in steps},
                           len(text), len(text) + stop)
-    return Shard(path, text, [step._replace(output=output) for step, output in zip(
-        steps, placed, strict=True)], find_proofs(checkpoint, name, steps))
+    steps = [step._replace(output=output) for step, output in zip(steps, placed, strict=True)]
+    proofs = find_proofs(checkpoint, name, steps)
+    sources = {tensor.path for step in steps for tensor in step.sources if tensor.size}
+    stamps = {path: checkpoint.stamps[path] for path in sorted(sources - proofs.keys())}
+    return Shard(path, text, steps, stamps, proofs)
 
 
 def plan_shards(checkpoint: Checkpoint, reading: Reading, out: Path,
@@ -1697,15 +1716,10 @@ class Worker:
                 self.files[path] = open(path, "rb", 0)
             except FileNotFoundError as error:
                 raise Changed(path) from error  # It was there when it was planned.
-        file, view = self.files[path], as_bytes(into)
         with naming(path):
-            file.seek(start)
-            while view:
-                if (size := file.readinto(view)) is None:  # Some network file systems do this.
-                    raise BlockingIOError(errno.EAGAIN, "the file system has no data yet")
-                if not size:
-                    raise Changed(path)  # It was longer when it was planned.
-                view = view[size:]
+            self.files[path].seek(start)
+            if in_full(self.files[path].readinto, as_bytes(into)):
+                raise Changed(path)  # It was longer when it was planned.
         return into
 
     def elements(self, name: str, tensor: Tensor, first: int, count: int) -> torch.Tensor:
@@ -1957,8 +1971,8 @@ def give_name(path: Path, final: Path) -> None:
 class Output:
     """A shard being written, in windows that come in any order."""
 
-    def __init__(self, shard: Shard, stamps: dict[Path, tuple[int, int]]):
-        self.shard, self.stamps, fingerprint = shard, stamps, fingerprint_of(shard)
+    def __init__(self, shard: Shard):
+        self.shard, fingerprint = shard, fingerprint_of(shard)
         self.path, self.header = temporary(shard.path, fingerprint), shard.sealed(fingerprint)
         self.lock, self.left = threading.Lock(), ceil_div(shard.size, WINDOW)
 
@@ -1966,10 +1980,7 @@ class Output:
         with naming(self.path), open(self.path, "r+b", 0, opener=lambda path, own: os.open(
                 path, own | flags)) as file:
             file.seek(start)
-            while view:
-                if (size := file.write(view)) is None:
-                    raise BlockingIOError(errno.EAGAIN, "the file system takes no data now")
-                view = view[size:]
+            in_full(file.write, view)
 
     def add(self, worker: Worker, start: int, stop: int) -> int:
         """Render a window and write it; give the shard its name if it was the last.
@@ -1991,19 +2002,18 @@ class Output:
         if whole:
             sync(self.path)
             check_loadable(self.path)
-            check_unchanged(self.shard.sources, self.stamps)
+            check_unchanged(self.shard.stamps)
             give_name(self.path, self.shard.path)
         return stop - start
 
 
-def write_shards(shards: list[Shard], pool: list[Worker], bar: tqdm,
-                 stamps: dict[Path, tuple[int, int]]) -> None:
+def write_shards(shards: list[Shard], pool: list[Worker], bar: tqdm) -> None:
     """Write shards. Raises Changed if an input shard is not as its stamp says."""
     outputs = []
 
     def windows() -> Iterator[tuple[Output, int, int]]:
         for shard in sorted(shards, key=lambda shard: -shard.size):
-            outputs.append(Output(shard, stamps))
+            outputs.append(Output(shard))
             path = outputs[-1].path
             with naming(path), open(path, "xb") as file:
                 file.truncate(shard.size)
@@ -2019,23 +2029,31 @@ def write_shards(shards: list[Shard], pool: list[Worker], bar: tqdm,
         sync(folder)
 
 
-def write_file(path: Path, content: str | Path) -> None:
-    """Write a text, or a copy of another file, under a name that it gets once it is whole."""
+@contextmanager
+def new_file(path: Path, put: Callable[[Path, Path], None] = give_name) -> Iterator[BinaryIO]:
+    """Yield a file to write under a temporary name; `put` then gives it the final one."""
     unfinished = temporary(path)
     try:
         with naming(unfinished), open(unfinished, "xb") as file:
-            if isinstance(content, Path):
-                with naming(content), open(content, "rb") as original:
-                    shutil.copyfileobj(original, file)
-                    if file.tell() != content.stat().st_size:  # Some file systems end early.
-                        raise CheckpointError(f"{content}: was read only in part; try again")
-            else:
-                file.write(content.encode())
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        give_name(unfinished, path)
+        put(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_file(path: Path, content: str | Path) -> None:
+    """Write a text, or a copy of another file."""
+    with new_file(path) as file:
+        if isinstance(content, Path):
+            with naming(content), open(content, "rb") as original:
+                shutil.copyfileobj(original, file)
+                if file.tell() != content.stat().st_size:  # Some file systems end early.
+                    raise CheckpointError(f"{content}: was read only in part; try again")
+        else:
+            file.write(content.encode())
 
 
 # --- check: whether values are plausible, and whether an output is right ---
@@ -2351,16 +2369,10 @@ def check_shards(shards: list[Shard], workers: int) -> list[Shard]:
     Raises CheckpointError for files that have their names and are not they, and names every shard
     that cannot be made again because its input has been emptied.
     """
-    wrong = []
-
-    def check(worker: Worker, shard: Shard) -> int:
-        if not is_planned(shard):
-            wrong.append(shard)
-        return 0
-
     there = [shard for shard in shards if is_there(shard.path)]
-    with progress("checking", 0, disable=True) as bar:
-        run_workers([Worker() for _ in range(workers)], ((shard,) for shard in there), check, bar)
+    with start_threads(workers) as executor:
+        planned = [*executor.map(is_planned, there)]
+    wrong = [shard for shard, right in zip(there, planned, strict=True) if not right]
     todo = [shard for shard in shards if shard not in there]
     if lost := [shard for shard in todo + wrong if shard.proofs]:
         lines = [f"{shard.path} (to make it, download "
@@ -2398,7 +2410,7 @@ def inspect_output(plans: list[Plan], out: Path, workers: int,
 
     Raises CheckpointError for whatever stands in the way: nothing under a final name is replaced.
     """
-    shards = [shard for plan in plans for shard in plan.shards]
+    shards = shards_of(plans)
     files = {plan.out / name: content for plan in plans for name, content in plan.files.items()}
     todo = check_shards(shards, workers)
     absent = {path: content for path, content in files.items() if not is_there(path)}
@@ -2452,7 +2464,7 @@ def clear(plans: list[Plan], out: Path, todo: list[Shard], several: bool) -> Non
     taken = [shard.path for shard in todo if is_there(shard.path)]
     if taken and not several:
         raise CheckpointError(f"{taken[0]}: another run has just written it; start again")
-    folders = {out, *(shard.path.parent for plan in plans for shard in plan.shards),
+    folders = {out, *(shard.path.parent for shard in shards_of(plans)),
                *((plan.out / name).parent for plan in plans for name in plan.files)}
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -2468,14 +2480,12 @@ def clear(plans: list[Plan], out: Path, todo: list[Shard], several: bool) -> Non
 
 def publish(plans: list[Plan]) -> None:
     """Complete an output around its shards; index and configs come last, the root's after all."""
-    for path in find_temporary(shard.path.parent for plan in plans for shard in plan.shards):
+    for path in find_temporary(shard.path.parent for shard in shards_of(plans)):
         path.unlink(missing_ok=True)  # Nobody writes shards any more; a rank has been killed.
     for plan in plans:
         for name, content in plan.files.items():
-            path = plan.out / name
-            if not path.exists():
-                write_file(path, content)
-                sync(path.parent)
+            if not (plan.out / name).exists():
+                write_file(plan.out / name, content)
 
 
 # --- ranks: the processes of torchrun, which share nothing but the output folder ---
@@ -2532,7 +2542,7 @@ def digest_of(plans: list[Plan]) -> str:
 
     Headers alone would not do: DeepSeek-V3's and R1's are the same.
     """
-    shards = [shard for plan in plans for shard in plan.shards]
+    shards = shards_of(plans)
     facts = json.dumps([facts_of(step) for shard in shards for step in shard.steps])
     facts += fingerprint_of(max(shards, key=lambda shard: shard.size))
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -2596,7 +2606,7 @@ def find_takers(shards: list[Shard]) -> dict[Path, list[Shard]]:
     """Return the input shards that have data, each with the output shards that take any of it."""
     takers = {}
     for shard in shards:
-        for path in sorted(shard.sources - shard.proofs.keys()):
+        for path in shard.stamps:
             takers.setdefault(path, []).append(shard)
     return takers
 
@@ -2606,19 +2616,17 @@ def data_on_disk(path: Path) -> int:
     return max(0, getattr(path.stat(), "st_blocks", 0) * 512 - in_pages(header_size(path)))
 
 
-def find_unproven(plan: Plan) -> Iterator[str]:
-    """Yield what cannot be known of the output shards of which some input has been emptied."""
-    for shard in plan.shards:
-        for source, proof in shard.proofs.items():
-            if not proof:
-                yield (f"{shard.path}: cannot be checked further, because {source} was emptied by "
-                       "a version without digests")
-                continue
-            for path in sorted(shard.sources - shard.proofs.keys()):
-                name = path.relative_to(plan.checkpoint.root).as_posix()
-                if proof.stamps.get(name) != [*plan.checkpoint.stamps[path]]:
-                    yield (f"{shard.path}: was made when {path} had another time or size; if it "
-                           "is another revision now, download all shards of one revision")
+def find_unproven(shard: Shard) -> Iterator[str]:
+    """Yield what cannot be known of an output shard of which some input has been emptied."""
+    for source, proof in shard.proofs.items():
+        if not proof:
+            yield (f"{shard.path}: cannot be checked further, because {source} was emptied by a "
+                   "version without digests")
+            continue
+        for path, was in shard.stamps.items():
+            if proof.stamps.get(path) != was:
+                yield (f"{shard.path}: was made when {path} had another time or size; if it is "
+                       "another revision now, download all shards of one revision")
 
 
 def peak_space(plans: list[Plan], todo: list[Shard]) -> int:
@@ -2636,7 +2644,7 @@ def peak_space(plans: list[Plan], todo: list[Shard]) -> int:
 def find_doubts(plans: list[Plan], out: Path, implausible: list[str]) -> Iterator[str]:
     """Yield why the only copy of the input must not be touched."""
     yield from implausible
-    outputs = [shard.path.stat() for plan in plans for shard in plan.shards if shard.path.exists()]
+    outputs = [shard.path.stat() for shard in shards_of(plans) if shard.path.exists()]
     names = {(at.st_dev, at.st_ino) for at in outputs}
     for plan in plans:
         yield from (f"{tensor.name} is FP8 and has no scale" for tensor in plan.reading.missing)
@@ -2662,11 +2670,8 @@ def find_doubts(plans: list[Plan], out: Path, implausible: list[str]) -> Iterato
                 yield f"{path} and {out} are on different file systems"
 
 
-def prove(shard: Shard, pool: list[Worker], bar: tqdm,
-          stamps: dict[str, tuple[int, int]]) -> Proof:
+def prove(shard: Shard, pool: list[Worker], bar: tqdm) -> Proof:
     """Return what a shard's sources will say of it, once it has been read back from the disk.
-
-    stamps: of its sources that have not been emptied.
 
     Raises CheckpointError unless it is what the input gives. Tensors whose input has been emptied
     were proven before that; the digest tells whether they are the same.
@@ -2692,23 +2697,21 @@ def prove(shard: Shard, pool: list[Worker], bar: tqdm,
             "delete it and run the same command again")
         what = found[0].line if found else f"{shard.path}: is not as it was written"
         raise CheckpointError(f"{what}; its input has been left as it is; {remedy}")
-    return Proof(metadata.get(PROGRAM, ""), digest, shard.window, stamps)
+    return Proof(metadata.get(PROGRAM, ""), digest, shard.window, {**shard.stamps})
 
 
-def find_kept(shard: Shard, proof: Proof, nonfinite: set[Tensor],
-              root: Path) -> Iterator[tuple[Path, str]]:
+def find_kept(shard: Shard, nonfinite: set[Tensor]) -> Iterator[tuple[Path, str]]:
     """Yield the sources of a shard that must stay as they are although it is proven, and why."""
     for step in shard.steps:
-        for path in {tensor.path for tensor in step.sources if tensor.size and not tensor.emptied}:
+        for path in {tensor.path for tensor in step.sources} & shard.stamps.keys():
             if step.output in nonfinite:
                 yield path, f"{step.output.name} has NaN or infinite values"
-            name = path.relative_to(root).as_posix()
             for earlier in (shard.proofs[lost] for lost in step.lost):
-                if not earlier or earlier.stamps.get(name) != [*proof.stamps[name]]:
+                if not earlier or earlier.stamps.get(path) != shard.stamps[path]:
                     yield path, f"it is not known to be what {step.output.name} was made of"
 
 
-def empty(path: Path, proofs: dict[str, Proof], stamps: dict[Path, tuple[int, int]]) -> None:
+def empty(path: Path, was: tuple[int, int], plan: Plan, proofs: dict[Shard, Proof]) -> None:
     """Replace an input shard by its header, which a later run needs to plan again.
 
     The header also says what was proven of its takers. At every moment the name stands for the
@@ -2716,52 +2719,51 @@ def empty(path: Path, proofs: dict[str, Proof], stamps: dict[Path, tuple[int, in
     """
     header = parse_object(read_bytes(path, 8, header_size(path) - 8))
     metadata = header.pop("__metadata__", None) or {}
-    record = {PROGRAM: json.dumps({"takers": proofs})}
-    unfinished = temporary(path)
-    try:
-        with naming(unfinished), open(unfinished, "xb") as file:
-            file.write(header_bytes({"__metadata__": metadata | record, **header}))
-            file.flush()
-            os.fsync(file.fileno())
+    root, takers = plan.checkpoint.root, {}
+    for shard, proof in proofs.items():
+        stamps = {at.relative_to(root).as_posix(): value for at, value in proof.stamps.items()}
+        takers[shard.path.relative_to(plan.out).as_posix()] = proof._replace(stamps=stamps)
+    metadata[PROGRAM] = json.dumps({"takers": takers})
+
+    def put(unfinished: Path, path: Path) -> None:
         shutil.copymode(path, unfinished)
-        check_unchanged([path], stamps)
+        check_unchanged({path: was})
         os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    sync(path.parent)
-    stamps[path] = stamp(path)
+
+    with new_file(path, put) as file:
+        file.write(header_bytes({"__metadata__": metadata, **header}))
 
 
 def write_and_empty(plans: list[Plan], todo: list[Shard], pool: list[Worker], bar: tqdm,
-                    stamps: dict[Path, tuple[int, int]], emptied: list[Path]) -> dict[Path, str]:
+                    emptied: list[Path]) -> dict[Path, str]:
     """Write shards one by one, prove each, and empty the input shards of which nothing is needed
     any more. Adds those to `emptied`; returns those that had to stay, and why.
     """
-    kept, proofs, provers = {}, {}, [Worker() for _ in pool]
+    kept, proofs, made, provers = {}, {}, {}, [Worker() for _ in pool]
     for folder in plans[-1].out.absolute().parents:  # This run may have made some of them.
         with suppress(PermissionError):
             sync(folder)
     for plan in plans:
-        root, takers = plan.checkpoint.root, find_takers(plan.shards)
+        takers = find_takers(plan.shards)
         for path in find_temporary({path.parent for path in takers}):
             path.unlink()
         for shard in plan.shards:
             if shard in todo:
-                write_shards([shard], pool, bar, stamps)
-            whole = {path.relative_to(root).as_posix(): stamps[path]
-                     for path in sorted(shard.sources - shard.proofs.keys())}
-            if not whole:
+                write_shards([shard], pool, bar)
+            if not shard.stamps:
                 continue
-            stamps[shard.path] = stamp(shard.path)
-            proof = proofs[shard] = prove(shard, provers, bar, whole)
-            nonfinite = set().union(*(worker.nonfinite for worker in provers))
-            kept |= find_kept(shard, proof, nonfinite, root)
+            made[shard] = stamp(shard.path)
+            proofs[shard] = prove(shard, provers, bar)
+            kept |= find_kept(shard, set().union(*(worker.nonfinite for worker in provers)))
             for path, those in takers.items():
                 if those[-1] is shard and path not in kept:
-                    check_unchanged({place for taker in those
-                                     for place in (taker.path, *taker.sources)}, stamps)
-                    empty(path, {taker.path.relative_to(plan.out).as_posix(): proofs[taker]
-                                 for taker in those}, stamps)
+                    for taker in those:
+                        check_unchanged(taker.stamps | {taker.path: made[taker]})
+                    empty(path, shard.stamps[path], plan, {taker: proofs[taker] for taker in those})
+                    plan.checkpoint.stamps[path] = stamp(path)
+                    for taker in those:
+                        taker.proofs[path] = proofs[taker]
+                        del taker.stamps[path]
                     emptied.append(path)
     return kept
 
@@ -2845,7 +2847,7 @@ def read_ahead(steps: list[Step], pool: list[Worker],
             step, data, jobs = ahead.popleft()
             for job in jobs:
                 job.result()
-            check_unchanged({tensor.path for tensor in step.sources}, stamps)
+            check_unchanged({tensor.path: stamps[tensor.path] for tensor in step.sources})
             if stream:  # The caller's stream may use the memory after the caller has let it go.
                 data.record_stream(torch.cuda.current_stream(device))
             name, dtype, shape, *_ = step.output
@@ -2982,7 +2984,7 @@ class Job:
 
 def describe(plans: list[Plan], job: Job) -> dict:
     """Print what will be done, and return it as the report has it."""
-    steps = [step for plan in plans for step in plan.steps]
+    shards, steps = shards_of(plans), [step for plan in plans for step in plan.steps]
     tensors = [tensor for plan in plans for tensor in plan.checkpoint.tensors.values()]
     kinds = Counter(kind_of(step) for step in steps if step.quantization)
     dropped = Counter(tensor.leaf for plan in plans for tensor in plan.reading.dropped.values())
@@ -2993,8 +2995,8 @@ def describe(plans: list[Plan], job: Job) -> dict:
     facts = {
         "input": {"shards": sum(len(plan.checkpoint.metadata) for plan in plans),
                   "tensors": len(tensors), "bytes": sum(tensor.size for tensor in tensors)},
-        "output": {"shards": sum(len(plan.shards) for plan in plans), "tensors": len(steps),
-                   "bytes": sum(shard.size for plan in plans for shard in plan.shards)},
+        "output": {"shards": len(shards), "tensors": len(steps),
+                   "bytes": sum(shard.size for shard in shards)},
         "dequantized": dict(kinds.most_common()), "copied": len(steps) - kinds.total(),
         "dropped": dict(dropped.most_common()), "dropped_scales_of_no_weight": orphans,
         "kept_in_fp8": missing if job.missing_scale == "keep" else [],
@@ -3030,7 +3032,7 @@ def check_space(plans: list[Plan], todo: list[Shard], absent: dict[Path, str | P
     free = usage.free
     if job.ranks.count == 1:  # It removes unfinished files; ranks cannot tell whose they are.
         free += sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in find_temporary(
-            shard.path.parent for plan in plans for shard in plan.shards))
+            shard.path.parent for shard in shards_of(plans)))
     known = usage.total > 0  # Some network file systems do not say.
     at_once = f", at most {sized(needed)} more than now at any time" if job.delete_source else ""
     say(f"Space: {sized(total)} to write{at_once}, "
@@ -3053,10 +3055,10 @@ def prepare(plans: list[Plan], job: Job, stack: ExitStack) -> tuple[list[Shard],
             lock(out, other)
             (out / RANKS_NAME).unlink()
     todo, absent = inspect_output(plans, out, job.workers, job.reports)
-    shards = [shard for plan in plans for shard in plan.shards]
+    shards = shards_of(plans)
     if len(todo) < len(shards):
         say(f"Already there: {len(shards) - len(todo)} of {counted(len(shards), 'shard')}")
-    for line in (line for plan in plans for line in find_unproven(plan)):
+    for line in (line for shard in shards for line in find_unproven(shard)):
         warn(f"Warning: {line}")
     check_space(plans, todo, absent, job)
     if job.dry_run or not (todo or absent or job.delete_source):
@@ -3072,8 +3074,7 @@ def prepare(plans: list[Plan], job: Job, stack: ExitStack) -> tuple[list[Shard],
     return todo, bool(todo or absent)
 
 
-def write_output(plans: list[Plan], todo: list[Shard], stamps: dict[Path, tuple[int, int]],
-                 job: Job, facts: dict) -> None:
+def write_output(plans: list[Plan], todo: list[Shard], job: Job, facts: dict) -> None:
     """Write the shards that are to do, and say what was found in them."""
     device = pick_device(job.device, job.ranks.local_rank)
     say(f"Device: {device}, {counted(job.workers, 'worker')}")
@@ -3083,9 +3084,9 @@ def write_output(plans: list[Plan], todo: list[Shard], stamps: dict[Path, tuple[
     total = size + job.delete_source * facts["output"]["bytes"]
     with progress("writing", total, disable=job.ranks.rank > 0) as bar:
         if job.delete_source:
-            kept = write_and_empty(plans, todo, pool, bar, stamps, facts["emptied_shards"])
+            kept = write_and_empty(plans, todo, pool, bar, facts["emptied_shards"])
         else:
-            write_shards(todo, pool, bar, stamps)
+            write_shards(todo, pool, bar)
     seconds, facts["nonfinite"] = time.perf_counter() - began, names_of(pool)
     if facts["nonfinite"]:
         warn(f"Warning: NaN or infinite values in {', '.join(facts['nonfinite'])}")
@@ -3104,7 +3105,7 @@ def remove_mixed(shards: list[Shard], changed: set[Path]) -> None:
     """
     changed = {path for path in changed if path.exists()}
     for shard in shards:
-        if changed & shard.sources and not shard.proofs:
+        if changed & shard.stamps.keys() and not shard.proofs:
             shard.path.unlink(missing_ok=True)
 
 
@@ -3114,8 +3115,8 @@ def make_output(plans: list[Plan], job: Job, facts: dict) -> None:
     Each rank makes its share of the shards; rank 0 also looks after the folder: what is in the way,
     what must go, and what completes it.
     """
-    shards, ranks = [shard for plan in plans for shard in plan.shards], job.ranks
-    stamps = {path: at for plan in plans for path, at in plan.checkpoint.stamps.items()}
+    shards, ranks = shards_of(plans), job.ranks
+    stamps = ChainMap(*(plan.checkpoint.stamps for plan in plans))
     emptied = facts["emptied_shards"] = []
     with ExitStack() as stack:
         if ranks.rank == 0:
@@ -3129,15 +3130,14 @@ def make_output(plans: list[Plan], job: Job, facts: dict) -> None:
         mine = [shard for shard in ranks.share(shards) if shard in todo]
         try:
             if mine or job.delete_source:
-                write_output(plans, mine, stamps, job, facts)
+                write_output(plans, mine, job, facts)
             if incomplete:
                 await_shards([shard for shard in todo if shard not in mine])
-                check_unchanged(stamps, stamps)
+                check_unchanged(stamps)
                 publish(plans)
                 (job.bf16_path / RANKS_NAME).unlink(missing_ok=True)
         except Changed as error:
-            changed = {error.path, *find_changed(stamps, stamps)}
-            remove_mixed([shard for shard in todo if not shard.sources & {*emptied}], changed)
+            remove_mixed(todo, {error.path, *find_changed(stamps)})
             raise
     say("Converted: the output is complete" if mine or incomplete or emptied else
         "Nothing to do: the output is complete")
@@ -3150,7 +3150,7 @@ def make_output(plans: list[Plan], job: Job, facts: dict) -> None:
 
 def verify_output(plans: list[Plan], job: Job, facts: dict) -> None:
     """Say how an output differs. Raises CheckpointError if it does."""
-    mine = job.ranks.share([shard for plan in plans for shard in plan.shards])
+    mine = job.ranks.share(shards_of(plans))
     found, differing = find_differences(
         plans, mine, [Worker() for _ in range(job.workers)], job.ranks.rank > 0)
     found = differing if job.ranks.rank else found + differing  # Rank 0 tells what all find.

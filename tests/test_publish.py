@@ -206,7 +206,7 @@ def test_a_shard_whose_reads_would_block_is_no_output(source, monkeypatch, capsy
         return blocking(path) if blocked else real(path, mode, buffering, **more)
 
     monkeypatch.setattr("builtins.open", block)
-    fails(capsys, source, source / ONE, "the file system has no data yet")
+    fails(capsys, source, source / ONE, "the file system is not ready")
     assert c.contents(source.parent / "out") == {}
 
 
