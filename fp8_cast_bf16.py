@@ -87,32 +87,43 @@ class UsageError(ValueError):
     """The arguments contradict each other, or the device that they name does not work."""
 
 
+GONE = OSError, ValueError, AttributeError  # Of streams that are full, closed, or None.
+
+
 class Steady:
     """A standard stream of which errors are ignored: a message may be lost, the work goes on.
 
     The stream may be full, closed, absent (a service has none), or a terminal that has gone.
-    as_log: where there is no terminal, a progress bar becomes lines, one for each update.
     """
 
-    def __init__(self, stream, as_log: bool = False):
-        self.stream = stream = stream.stream if isinstance(stream, Steady) else stream
-        self.as_log = as_log and not (stream and not stream.closed and stream.isatty())
+    def __init__(self, stream):
+        self.stream = stream.stream if isinstance(stream, Steady) else stream
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        if self.as_log:
-            text = text.strip("\r\n ")
-            text += "\n" * bool(text)
-        with suppress(OSError, ValueError, AttributeError):
+        with suppress(*GONE):
             self.stream.write(text)
-            self.stream.flush()
+        self.flush()
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError, AttributeError):
+        with suppress(*GONE):
             self.stream.flush()
+
+    def isatty(self) -> bool:
+        with suppress(*GONE):
+            return self.stream.isatty()
+        return False
+
+
+class Log(Steady):
+    """A stream that is no terminal; each update of a progress bar becomes a line."""
+
+    def write(self, text: str) -> int:
+        line = text.strip("\r\n ")
+        return super().write(line + "\n" * bool(line))
 
 
 def printable(text: str) -> str:
@@ -1766,9 +1777,10 @@ def start_threads(count: int) -> ThreadPoolExecutor:
 
 def progress(doing: str, total: int, disable: bool = False) -> tqdm:
     """Return a bar; where there is no terminal, a log gets a line of it every 30 seconds."""
-    stream = Steady(sys.stderr, as_log=True)
+    terminal = Steady(sys.stderr).isatty()
+    stream = Steady(sys.stderr) if terminal else Log(sys.stderr)
     return tqdm(desc=doing, total=total, unit="B", unit_scale=True, disable=disable, file=stream,
-                dynamic_ncols=not stream.as_log, mininterval=30 if stream.as_log else 0.1)
+                dynamic_ncols=terminal, mininterval=0.1 if terminal else 30)
 
 
 def run_workers(pool: list[Worker], tasks: Iterable[tuple], work: Callable, bar: tqdm) -> None:
@@ -3044,15 +3056,12 @@ def check_space(plans: list[Plan], todo: list[Shard], absent: dict[Path, str | P
         raise CheckpointError(f"--delete-source: {job.bf16_path} does not tell its free space")
 
 
-def prepare(plans: list[Plan], job: Job, stack: ExitStack) -> tuple[list[Shard], bool]:
-    """Look at the output, say what is there, and make it ready for what is missing.
-
-    Returns the shards that are missing, and whether anything is. stack: holds the lock.
-    """
-    out, several = job.bf16_path, job.ranks.count > 1
-    if several and not job.dry_run and (out / RANKS_NAME).exists():
-        with ExitStack() as other:  # The job that wrote it was killed, or holds the lock.
-            lock(out, other)
+def survey(plans: list[Plan], job: Job) -> tuple[list[Shard], dict[Path, str | Path]]:
+    """Look at the output, and say what is there. Returns what is missing: shards, other files."""
+    out = job.bf16_path
+    if job.ranks.count > 1 and not job.dry_run and (out / RANKS_NAME).exists():
+        with ExitStack() as stack:  # The job that wrote it was killed, or holds the lock.
+            lock(out, stack)
             (out / RANKS_NAME).unlink()
     todo, absent = inspect_output(plans, out, job.workers, job.reports)
     shards = shards_of(plans)
@@ -3061,22 +3070,24 @@ def prepare(plans: list[Plan], job: Job, stack: ExitStack) -> tuple[list[Shard],
     for line in (line for shard in shards for line in find_unproven(shard)):
         warn(f"Warning: {line}")
     check_space(plans, todo, absent, job)
-    if job.dry_run or not (todo or absent or job.delete_source):
-        return todo, False
-    if job.device.startswith("cuda"):
-        pick_device(job.device, job.ranks.local_rank)  # It works, or the output stays as it is.
+    return todo, absent
+
+
+def open_output(plans: list[Plan], todo: list[Shard], absent: dict[Path, str | Path], job: Job,
+                stack: ExitStack) -> None:
+    """Make an output ready for what is missing. stack: holds the lock."""
+    out, several = job.bf16_path, job.ranks.count > 1
     out.mkdir(parents=True, exist_ok=True)
     lock(out, stack)
     if todo or absent:
         clear(plans, out, todo, several)
     if several:
         write_file(out / RANKS_NAME, digest_of(plans))
-    return todo, bool(todo or absent)
 
 
-def write_output(plans: list[Plan], todo: list[Shard], job: Job, facts: dict) -> None:
+def write_output(plans: list[Plan], todo: list[Shard], device: torch.device, job: Job,
+                 facts: dict) -> None:
     """Write the shards that are to do, and say what was found in them."""
-    device = pick_device(job.device, job.ranks.local_rank)
     say(f"Device: {device}, {counted(job.workers, 'worker')}")
     pool, began, kept = [Worker(device) for _ in range(job.workers)], time.perf_counter(), {}
     size = facts["bytes_written"] = sum(shard.size for shard in todo)
@@ -3115,37 +3126,39 @@ def make_output(plans: list[Plan], job: Job, facts: dict) -> None:
     Each rank makes its share of the shards; rank 0 also looks after the folder: what is in the way,
     what must go, and what completes it.
     """
-    shards, ranks = shards_of(plans), job.ranks
+    out, ranks, emptied = job.bf16_path, job.ranks, []
     stamps = ChainMap(*(plan.checkpoint.stamps for plan in plans))
-    emptied = facts["emptied_shards"] = []
+    facts["emptied_shards"] = emptied
     with ExitStack() as stack:
-        if ranks.rank == 0:
-            todo, incomplete = prepare(plans, job, stack)
-        else:
-            todo, incomplete = check_shards(ranks.share(shards), job.workers), False
-            if todo and not job.dry_run:
-                await_plan(job.bf16_path, digest_of(plans), ranks.rank)
+        todo, absent = survey(plans, job) if ranks.rank == 0 else (
+            check_shards(ranks.share(shards_of(plans)), job.workers), {})
         if job.dry_run:
             return
-        mine = [shard for shard in ranks.share(shards) if shard in todo]
+        mine = [shard for shard in ranks.share(shards_of(plans)) if shard in todo]
+        if mine or job.delete_source:  # It works, or the output stays as it is.
+            device = pick_device(job.device, ranks.local_rank)
+        if ranks.rank == 0 and (todo or absent or job.delete_source):
+            open_output(plans, todo, absent, job, stack)
+        elif todo:
+            await_plan(out, digest_of(plans), ranks.rank)
         try:
             if mine or job.delete_source:
-                write_output(plans, mine, job, facts)
-            if incomplete:
+                write_output(plans, mine, device, job, facts)
+            if ranks.rank == 0 and (todo or absent):
                 await_shards([shard for shard in todo if shard not in mine])
                 check_unchanged(stamps)
                 publish(plans)
-                (job.bf16_path / RANKS_NAME).unlink(missing_ok=True)
+                (out / RANKS_NAME).unlink(missing_ok=True)
         except Changed as error:
             remove_mixed(todo, {error.path, *find_changed(stamps)})
             raise
-    say("Converted: the output is complete" if mine or incomplete or emptied else
-        "Nothing to do: the output is complete")
+    done = "Converted" if todo or absent or emptied else "Nothing to do"
+    say(f"{done}: the output is complete")
     if names := facts["kept_in_fp8"]:
         say(f"{counted(len(names), 'weight')} {'is' if len(names) == 1 else 'are'} still FP8: the "
             "output will not load correctly; see --missing-scale")
     if emptied:
-        say(f"{counted(len(emptied), 'input shard')} emptied: {job.bf16_path} is the only copy now")
+        say(f"{counted(len(emptied), 'input shard')} emptied: {out} is the only copy now")
 
 
 def verify_output(plans: list[Plan], job: Job, facts: dict) -> None:
