@@ -2371,7 +2371,8 @@ def same_file(path: Path, content: str | Path) -> bool:
         with naming(content):
             return filecmp.cmp(path, content, shallow=False)
     with suppress(ValueError, RecursionError):
-        return content == (text := path.read_text()) or json.loads(content) == json.loads(text)
+        text = read_bytes(path).decode()
+        return content == text or json.loads(content) == json.loads(text)
     return False
 
 

@@ -198,6 +198,22 @@ def test_a_copy_that_fails_is_no_output(source, monkeypatch, capsys, problem, sa
     assert {*c.contents(source.parent / "out")} == {ONE, TWO}
 
 
+def test_a_config_of_the_output_that_cannot_be_read_is_named(source, monkeypatch, capsys):
+    def fail(file, size=-1):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    broken, config = type("Broken", (io.FileIO,), {"read": fail, "readall": fail}), "config.json"
+
+    def spoil(path, *more, real=open, **options):
+        spoiled = str(path) == str(source.parent / "out" / config)
+        return broken(path) if spoiled else real(path, *more, **options)
+
+    main(source, source.parent / "out")
+    for module in ("builtins", "io"):
+        monkeypatch.setattr(f"{module}.open", spoil)
+    fails(capsys, source, f"{source.parent / 'out' / config}: Input/output error")
+
+
 def test_a_shard_whose_reads_would_block_is_no_output(source, monkeypatch, capsys):
     blocking = type("Blocking", (io.FileIO,), {"readinto": lambda file, buffer: None})
 
