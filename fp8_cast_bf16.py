@@ -223,10 +223,8 @@ class Tensor(NamedTuple):
 @dataclass(frozen=True)
 class Checkpoint:
     """What one folder holds. files: the index and the configs. metadata: that of each shard, by its
-    path from the folder. stamps: size and time of each shard.
-
-    twice: tensors that the index finds in another shard. rivals: tensors that another shard has,
-    too, and no index says which counts; only copies of what is dropped are accepted.
+    path from the folder. stamps: size and time of each shard. twice: tensors that do not count,
+    because another shard has one of the same name.
     """
 
     root: Path
@@ -236,7 +234,6 @@ class Checkpoint:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
     twice: list[Tensor] = field(default_factory=list)
-    rivals: list[Tensor] = field(default_factory=list)
 
 
 def is_like(name: str, patterns: Iterable[str]) -> bool:
@@ -244,18 +241,16 @@ def is_like(name: str, patterns: Iterable[str]) -> bool:
 
 
 def walk(value, skip: Callable = lambda key, value: False) -> Iterator[tuple[str, object]]:
-    """Yield every key of the objects in a JSON value with its value, at any depth, except entries
-    to skip and whatever is below them.
-    """
+    """Yield the entries of all objects in a JSON value, except those to skip and all below them."""
     left = [value]
     while left:
         value = left.pop()
-        if isinstance(value, dict):
+        if isinstance(value, list):
+            left += value
+        elif isinstance(value, dict):
             entries = [entry for entry in value.items() if not skip(*entry)]
             yield from entries
             left += [item for _, item in entries]
-        elif isinstance(value, list):
-            left += value
 
 
 def is_there(path: Path) -> bool:
@@ -313,12 +308,10 @@ def parse_object(text: bytes) -> dict:
     return value
 
 
-def read_json(path: Path, root: Path) -> dict | None:
-    """Return the JSON object in a file, or None if there is no file, or it is another value in a
-    file such as config_list.json, which is no config.
+def read_json(path: Path, root: Path) -> dict:
+    """Return the JSON object in a file; an empty one if a file such as config_list.json holds
+    another value and so is no config.
     """
-    if not is_there(path):
-        return None
     check_link(path, root)
     if not path.is_file():
         raise CheckpointError(f"{path}: is not a regular file; put the file itself there")
@@ -328,18 +321,18 @@ def read_json(path: Path, root: Path) -> dict | None:
         value = json.loads(read_bytes(path).decode())
         if isinstance(value, dict):
             return value
-        if path.name == CONFIG_NAME or not is_like(path.name, [CONFIG_PATTERN]):
-            raise ValueError("it is not an object")
+        if path.name != CONFIG_NAME and is_like(path.name, [CONFIG_PATTERN]):
+            return {}
+        raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
-    return None
 
 
 def read_entries(path: Path, header: dict, begin: int, end: int) -> list[Tensor]:
     """Return the tensors of a header. Raises ValueError unless they fill the bytes [begin, end), or
     the file ends with its header: then --delete-source has emptied it.
     """
-    tensors, emptied = [], begin == end
+    tensors, last = [], begin
     for name, entry in header.items():
         if len(name) > NAME_LIMIT:
             raise ValueError(f"a tensor's name has {len(name)} characters")
@@ -348,14 +341,15 @@ def read_entries(path: Path, header: dict, begin: int, end: int) -> list[Tensor]
             raise ValueError(f"{name} has an invalid header entry")
         if math.prod(shape) * DTYPE_BITS[entry["dtype"]] != 8 * (stop - start):
             raise ValueError(f"{name} has {stop - start} bytes for {entry['dtype']} {[*shape]}")
-        tensors.append(Tensor(name, entry["dtype"], shape, path, begin + start, begin + stop))
+        start, stop = begin + start, begin + stop
+        tensors.append(Tensor(name, entry["dtype"], shape, path, start, stop, emptied=stop > end))
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop)):
-        if tensor.start != begin:
-            raise ValueError(f"{tensor.name} begins at byte {tensor.start}, expected {begin}")
-        begin = tensor.stop
-    if begin != end and not emptied:
-        raise ValueError(f"it has {end} bytes, expected {begin}")
-    return [tensor._replace(emptied=True) for tensor in tensors] if begin > end else tensors
+        if tensor.start != last:
+            raise ValueError(f"{tensor.name} begins at byte {tensor.start}, expected {last}")
+        last = tensor.stop
+    if end not in (begin, last):
+        raise ValueError(f"it has {end} bytes, expected {last}")
+    return tensors
 
 
 def header_size(path: Path) -> int:
@@ -397,17 +391,17 @@ def find_index(root: Path) -> str:
     return names[0]
 
 
-def weight_map_of(path: Path, index: dict) -> dict[str, str]:
+def read_weight_map(path: Path, index: dict) -> dict[str, str]:
     """Return in which shard an index finds each tensor: a path from its folder."""
-    weight_map, shards = index.get("weight_map"), {}
-    if not isinstance(weight_map, dict) or not weight_map:
+    stored, weight_map = index.get("weight_map"), {}
+    if not isinstance(stored, dict) or not stored:
         raise CheckpointError(f"{path}: has no weight_map; download it again")
-    for name, shard in weight_map.items():
-        shards[name] = os.path.normpath(shard) if isinstance(shard, str) else ""
-        if not re.fullmatch(r"(?!/|\.\./)[^\\\0]+\.safetensors", shards[name]):
+    for name, shard in stored.items():
+        weight_map[name] = os.path.normpath(shard) if isinstance(shard, str) else ""
+        if not re.fullmatch(r"(?!/|\.\./)[^\\\0]+\.safetensors", weight_map[name]):
             raise CheckpointError(f"{path}: puts {name} into {shard!r:.200}; expected a "
                                   "*.safetensors file beside it or below")
-    return shards
+    return weight_map
 
 
 def shards_beside(root: Path) -> list[str]:
@@ -462,18 +456,17 @@ def check_download(path: Path) -> None:
 
 
 def add_shard(checkpoint: Checkpoint, name: str, weight_map: dict[str, str]) -> None:
-    """Add a shard's tensors to a checkpoint. Of two with one name, the index decides."""
-    path, there = checkpoint.root / name, checkpoint.tensors
+    """Add a shard's tensors to a checkpoint. Of two with one name, that of the index counts."""
+    path = checkpoint.root / name
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the download is incomplete")
     check_download(path)
     checkpoint.stamps[path] = stamp(path)
     checkpoint.metadata[name], tensors = read_header(path)
     for tensor in tensors:
-        if weight_map.get(tensor.name, name) != name:
+        elsewhere = weight_map.get(tensor.name, name) != name
+        if elsewhere or checkpoint.tensors.setdefault(tensor.name, tensor) is not tensor:
             checkpoint.twice.append(tensor)
-        elif there.setdefault(tensor.name, tensor) is not tensor:
-            checkpoint.rivals.append(tensor)
 
 
 def load_checkpoint(root: Path, top: Path) -> Checkpoint:
@@ -484,13 +477,15 @@ def load_checkpoint(root: Path, top: Path) -> Checkpoint:
     index_name = find_index(root)
     names = [index_name, PARAMS_NAME, NVIDIA_CONFIG_NAME, SIDECAR_NAME]
     names += sorted(path.name for path in root.glob(CONFIG_PATTERN))
-    files = {name: value for name in names if (value := read_json(root / name, top)) is not None}
-    index = files.get(index_name)
-    weight_map = {} if index is None else weight_map_of(root / index_name, index)
-    shards = sorted({*weight_map.values()}) if weight_map else shards_beside(root)
-    series = {found.group(1, 3) for found in map(NUMBERED.fullmatch, shards) if found}
-    if index is None and len(series) == 1:  # The output gets an index by the name of its shards.
-        index_name = "{}.safetensors.index{}.json".format(*series.pop())
+    files = {name: read_json(root / name, top) for name in names if is_there(root / name)}
+    if index_name in files:
+        weight_map = read_weight_map(root / index_name, files[index_name])
+        shards = sorted({*weight_map.values()})
+    else:
+        weight_map, shards = {}, shards_beside(root)
+        series = {found.group(1, 3) for found in map(NUMBERED.fullmatch, shards) if found}
+        if len(series) == 1:  # The output gets an index by the name of its shards.
+            index_name = "{}.safetensors.index{}.json".format(*series.pop())
     checkpoint = Checkpoint(root, index_name, files)
     for shard in shards:
         add_shard(checkpoint, shard, weight_map)
@@ -1323,14 +1318,19 @@ def check_rest(rest: list[Tensor], evidence: Evidence) -> None:
                                f"({evidence}){hint}; {OTHER_TOOL}")
 
 
-def check_rivals(checkpoint: Checkpoint, dropped: dict[str, Tensor]) -> None:
-    """Raise CheckpointError for tensors of one name, unless they are copies of what is dropped."""
-    for rival in checkpoint.rivals:
-        first = checkpoint.tensors[rival.name]
-        if rival.name not in dropped or str(first) != str(rival) or (
-                read_small(first) != read_small(rival)):
-            raise rival.error(f"stands in {first.path.name} too and no index says which counts; "
-                              "remove the file that is not part of the checkpoint")
+def check_twice(checkpoint: Checkpoint, dropped: dict[str, Tensor]) -> None:
+    """Raise CheckpointError if no index says which of two tensors of one name counts, unless they
+    are copies of what is dropped.
+    """
+    weight_map = checkpoint.files.get(checkpoint.index_name, {}).get("weight_map", {})
+    for tensor in checkpoint.twice:
+        first = checkpoint.tensors[tensor.name]
+        copy = tensor.name in dropped and (
+            (tensor.dtype, tensor.shape) == (first.dtype, first.shape)
+            and read_small(first) == read_small(tensor))
+        if tensor.name not in weight_map and not copy:
+            raise tensor.error(f"stands in {first.path.name} too and no index says which counts; "
+                               "remove the file that is not part of the checkpoint")
 
 
 def read_formats(checkpoint: Checkpoint) -> Reading:
@@ -1359,7 +1359,7 @@ def read_formats(checkpoint: Checkpoint) -> Reading:
     orphans = [tensor for tensor in rest if tensor.dtype not in F8
                and tensor.leaf.endswith(("_scale_inv", "_scales_inv"))]
     dropped |= {tensor.name: tensor for tensor in orphans}
-    check_rivals(checkpoint, dropped)
+    check_twice(checkpoint, dropped)
     return Reading(weights, dropped, orphans, [t for t in rest if t.dtype in F8])
 
 
@@ -1557,7 +1557,7 @@ def check_beside(path: Path, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a file of weights that no index names cannot be copied."""
     metadata, members = read_header(path)
     tensors = {tensor.name: tensor for tensor in members}
-    alone = replace(checkpoint, metadata={path.name: metadata}, tensors=tensors, rivals=[])
+    alone = replace(checkpoint, metadata={path.name: metadata}, tensors=tensors, twice=[])
     reading = read_formats(alone)
     same = tensors.keys() & checkpoint.tensors.keys()
     if same or reading.weights or reading.dropped or reading.missing:
@@ -2662,8 +2662,7 @@ def find_doubts(plans: list[Plan], out: Path, implausible: list[str]) -> Iterato
     for plan in plans:
         yield from (f"{tensor.name} is FP8 and has no scale" for tensor in plan.reading.missing)
         yield from (f"{tensor.name} is a scale of no weight" for tensor in plan.reading.orphans)
-        yield from (f"{tensor.name} stands in two shards"
-                    for tensor in plan.checkpoint.twice + plan.checkpoint.rivals)
+        yield from (f"{tensor.name} stands in two shards" for tensor in plan.checkpoint.twice)
         emptied = {name: tensor._replace(emptied=True)
                    for name, tensor in plan.checkpoint.tensors.items()}
         try:  # An interrupted run must be able to plan again.
