@@ -201,10 +201,6 @@ class Tensor(NamedTuple):
         return f"{self.dtype} {[*self.shape]}"
 
     @property
-    def module(self) -> str:
-        return self.name.rpartition(".")[0]
-
-    @property
     def leaf(self) -> str:
         return self.name.rpartition(".")[2]
 
@@ -723,14 +719,15 @@ class Evidence:
 
     methods: every quant_method, {""} where there is none. facts: the texts that stand under each
     key of a quantization config. block_sizes: rows and columns. int4_groups: group sizes of INT4, 0
-    for whole rows. heads: numbers of attention heads, if the config names a quantized cache.
+    for whole rows. cache_sizes: how many elements a scale of the key-value cache may have, if the
+    config names a quantized cache.
     """
 
     methods: frozenset[str]
     facts: dict[str, set[str]]
     block_sizes: tuple[tuple[int, int], ...]
     int4_groups: tuple[int, ...]
-    heads: frozenset[int] | None
+    cache_sizes: frozenset[int]
 
     def __str__(self) -> str:
         methods = sorted(self.methods - {""})
@@ -760,7 +757,7 @@ def contradiction(key: str, value) -> str | None:
 
 def read_notes(checkpoint: Checkpoint) -> Iterator[dict]:
     """Yield what shards say as configs do: in their metadata (ComfyUI, nunchaku), or in tensors of
-    bytes beside the weights (ComfyUI). The format that ComfyUI notes counts as a method.
+    bytes beside the weights (ComfyUI, whose formats count as methods).
     """
     texts = [(checkpoint.root / shard, metadata[key].encode(errors="replace"))
              for key in QUANTIZATION_SECTIONS
@@ -777,7 +774,7 @@ def read_notes(checkpoint: Checkpoint) -> Iterator[dict]:
             raise CheckpointError(f"{path}: is in ComfyUI's format {', '.join(map(str, unknown))}; "
                                   "only float8_e4m3fn and float8_e5m2 can be undone with a scale")
         yield value
-        yield from ({"comfy_format": name} for name in formats)
+        yield from ({"quant_method": name} for name in formats)
 
 
 def says_nothing(key: str, value) -> bool:
@@ -820,14 +817,16 @@ def read_int4_groups(entries: list[tuple[str, object]]) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def count_heads(config: dict) -> frozenset[int]:
-    """Return the numbers of attention heads in a config that are no head's dimension, too."""
+def read_cache_sizes(config: dict) -> frozenset[int]:
+    """Return how many elements a scale of a cache may have: one, or one for each head, but not as
+    many as a head has dimensions, as parameters have that are called like such scales.
+    """
     numbers = [(key, value) for key, value in walk(config) if isinstance(value, int)]
     heads, kv_heads, head_dims, widths = (
         {value for key, value in numbers if key == name}
         for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size"))
     head_dims |= {width // count for width in widths for count in heads if count}
-    return frozenset((heads | kv_heads) - head_dims)
+    return frozenset({1} | (heads | kv_heads) - head_dims)
 
 
 def read_evidence(checkpoint: Checkpoint) -> Evidence:
@@ -846,7 +845,7 @@ def read_evidence(checkpoint: Checkpoint) -> Evidence:
     for key, value in walk(sections, says_nothing):
         if isinstance(value, str):
             facts.setdefault(key, set()).add(value)
-    methods = facts.get("quant_method", set()) | facts.get("comfy_format", set())
+    methods = facts.get("quant_method", set())
     methods |= {"modelopt"} if "quant_algo" in dict(walk(said[NVIDIA_CONFIG_NAME])) else set()
     methods |= {"mistral"} if "qformat_weight" in dict(walk(said[PARAMS_NAME])) else set()
     plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
@@ -854,7 +853,7 @@ def read_evidence(checkpoint: Checkpoint) -> Evidence:
     cached = any((key.startswith("kv_cache") and value) or value == "attn_head"
                  for key, value in walk(sections))
     return Evidence(frozenset(methods or [""]), facts, read_block_sizes(entries),
-                    read_int4_groups(entries), count_heads(config) if cached else None)
+                    read_int4_groups(entries), read_cache_sizes(config) if cached else frozenset())
 
 
 def read_integers(tensor: Tensor) -> list[int]:
@@ -963,11 +962,9 @@ def plain_cast(weight: Tensor) -> Quantization:
 
 
 @functools.cache  # Thousands of weights share a few endings of names.
-def formats_for(dtype: str, ending: str) -> list[tuple[Format, int, str, str, str]]:
-    """Return the formats that store a tensor of this dtype under a name with this ending.
-
-    Each comes with the length of its own part of the name, the stem, and the names of the scale
-    and the global scale.
+def formats_for(dtype: str, ending: str) -> list[tuple[Format, str, list[str]]]:
+    """Return the formats that store a tensor of this dtype under a name with this ending, each with
+    the endings of the output's name and of those of the scale and the global scale, if it has one.
     """
     found = []
     for format in FORMATS:
@@ -975,11 +972,11 @@ def formats_for(dtype: str, ending: str) -> list[tuple[Format, int, str, str, st
         pattern = pattern.replace(r"\{\}", r"(?P<stem>[^.]+)")
         matched = re.search(rf"(?:^|\.)({pattern})\Z", ending)
         if dtype in format.containers and matched:
-            stem = matched.groupdict().get("stem", "weight")
-            names = itertools.zip_longest(format.scale.replace("{}", stem).split(),
-                                          format.global_scale.replace("{}", stem).split(),
-                                          fillvalue="")
-            found += [(format, len(matched[1]), stem, *pair) for pair in names]
+            head, stem = ending[: matched.start(1)], matched.groupdict().get("stem", "weight")
+            output = head + stem if "{}" in format.weight else ending
+            for names in itertools.zip_longest(format.scale.split(), format.global_scale.split()):
+                scales = [head + name.replace("{}", stem) for name in names if name]
+                found.append((format, output, scales))
     return found
 
 
@@ -996,20 +993,19 @@ def applies(format: Format, evidence: Evidence) -> bool:
         for method in methods for key, values in ACCEPTED.get(method, {}).items()))
 
 
-def find_matches(weight: Tensor, checkpoint: Checkpoint, evidence: Evidence) -> list[Match]:
+def find_matches(weight: Tensor, tensors: dict[str, Tensor], evidence: Evidence) -> list[Match]:
     """Return the first match of a weight, then those with other scales."""
     found, ending = {}, ".".join(weight.name.split(".")[-3:])
-    for format, size, stem, name, global_name in formats_for(weight.dtype, ending):
-        head = weight.name[: len(weight.name) - size]
-        output = head + stem if "{}" in format.weight else weight.name
-        if weight.leaf == "weight_packed" and re.search(r"experts\..*_weight\.\Z", head):
-            output = head[:-1]  # A parameter that was wrapped in a module of its name (Inkling).
-        scale = checkpoint.tensors.get(head + name)
-        global_scale = checkpoint.tensors.get(head + global_name) if global_name else None
-        if scale and scale.name not in found and scale.dtype in format.scale_dtypes and (
-                global_scale.dtype in FLOATS if global_scale
-                else not global_name or weight.dtype in F8) and applies(format, evidence):
-            found[scale.name] = Match(format, output, scale, global_scale)
+    head = weight.name.removesuffix(ending)
+    for format, output, names in formats_for(weight.dtype, ending):
+        scale = tensors.get(head + names[0])
+        global_scale = tensors.get(head + names[1]) if len(names) > 1 else None
+        if not scale or scale.name in found or not applies(format, evidence):
+            continue
+        optional = weight.dtype in F8 or len(names) == 1
+        if scale.dtype in format.scale_dtypes and (
+                global_scale.dtype in FLOATS if global_scale else optional):
+            found[scale.name] = Match(format, head + output, scale, global_scale)
     meant = [match for match in found.values() if match.format.methods & evidence.methods]
     if len(found) > 1 and len(meant) != 1:
         raise weight.error(f"has two scales, {' and '.join(found)}, and {CONFIG_NAME} names no "
@@ -1017,14 +1013,13 @@ def find_matches(weight: Tensor, checkpoint: Checkpoint, evidence: Evidence) -> 
     return sorted(found.values(), key=lambda match: match not in meant)
 
 
-def shape_of(weight: Tensor, number_format: str, checkpoint: Checkpoint,
+def shape_of(weight: Tensor, number_format: str, tensors: dict[str, Tensor],
              evidence: Evidence) -> tuple[tuple[int, ...], int]:
     """Return the shape of a weight's values, and how many codes a row of a packed one has."""
     if kernel.FORMATS[number_format].codes_per_byte == 1:
         return weight.shape, 0
-    if weight.dtype == "F4":  # safetensors gives its shape in elements.
-        return weight.shape, math.prod(weight.shape[-1:])
-    packed_cols = (8 if weight.dtype == "I32" else 2) * math.prod(weight.shape[-1:])
+    # safetensors gives the shape of F4 in elements.
+    packed_cols = {"F4": 1, "I32": 8}.get(weight.dtype, 2) * math.prod(weight.shape[-1:])
     if weight.dtype != "I32":
         return (*weight.shape[:-1], packed_cols), packed_cols
     if not evidence.int4_groups:
@@ -1032,7 +1027,7 @@ def shape_of(weight: Tensor, number_format: str, checkpoint: Checkpoint,
                            "symmetric with num_bits 4 (others have zero points, or fit the same "
                            "shapes)")
     # Rows are padded to whole int32; a tensor beside the weight holds the true shape.
-    stored = checkpoint.tensors.get(f"{weight.name.removesuffix('packed')}shape")
+    stored = tensors.get(f"{weight.name.removesuffix('packed')}shape")
     if stored is None:
         raise weight.error("has no weight_shape beside it")
     shape = (*read_integers(stored),)
@@ -1045,13 +1040,13 @@ def shape_of(weight: Tensor, number_format: str, checkpoint: Checkpoint,
 def place_in_stack(weight: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]:
     """Return the shape of the stack whose scales these are, and where in it the weight begins."""
     expert, projection, _ = weight.name.split(".")[-3:]
-    parts = 1 if projection in ("down_proj", "w2") else 2
-    experts, (rows, cols) = (*scale.shape, 0)[0], (*weight.shape, 0, 0)[:2]
-    if int(expert) >= experts or len(weight.shape) != 2:
+    if len(weight.shape) != 2 or int(expert) >= (*scale.shape, 0)[0]:
         raise weight.error(f"is {[*weight.shape]}, and {scale.name} {[*scale.shape]} has no scales "
                            "for it")
+    rows, cols = weight.shape
+    parts = 1 if projection in ("down_proj", "w2") else 2
     first_row = (parts * int(expert) + (projection in ("up_proj", "w3"))) * rows
-    return (experts, parts * rows, cols), first_row
+    return (scale.shape[0], parts * rows, cols), first_row
 
 
 def fits_stack(scale: Tensor | None, format: Format, grid: Grid, shape: tuple[int, ...]) -> bool:
@@ -1071,44 +1066,46 @@ def misfit(shape: tuple[int, ...], grids: list[Grid], blocks: tuple[tuple[int, i
     return "no block size fits" + "".join(named[:1])
 
 
-def quantize(weight: Tensor, match: Match, checkpoint: Checkpoint,
+def quantize(weight: Tensor, match: Match, tensors: dict[str, Tensor],
              evidence: Evidence) -> Quantization:
     """Decide shape and grid of a weight. Raises CheckpointError where none or two grids fit."""
     format, output, scale, global_scale = match
     number_format = format.number_format or weight.dtype.removeprefix("F8_")
-    shape, packed_cols = shape_of(weight, number_format, checkpoint, evidence)
-    matrix, first_row = place_in_stack(weight, scale) if format.stacked else (shape, 0)
+    shape, packed_cols = shape_of(weight, number_format, tensors, evidence)
+    stack, first_row = place_in_stack(weight, scale) if format.stacked else (shape, 0)
     groups = evidence.int4_groups if number_format == "UINT4B8" else format.groups
-    grids = find_grids(matrix, scale.shape, evidence.block_sizes, groups, format.transposed,
+    grids = find_grids(stack, scale.shape, evidence.block_sizes, groups, format.transposed,
                        "qkv_proj" in weight.name)
     if number_format == "INT8":  # Quark stores groups transposed, so that they span rows.
         grids = [grid for grid in grids if grid.block_cols > 1 or grid.block_rows == 1]
     if len(grids) != 1 or packed_cols % 2 or not fits_stack(global_scale, format, grids[0], shape):
         scales = [f"{tensor.name} {[*tensor.shape]}" for tensor in (scale, global_scale) if tensor]
         raise weight.error(f"is {[*shape]} ({number_format}, {evidence}), scaled by "
-                           f"{' and '.join(scales)}: {misfit(shape, grids, evidence.block_sizes)}; "
+                           f"{' and '.join(scales)}: {misfit(stack, grids, evidence.block_sizes)}; "
                            "expected one scale per tensor, expert, row, column or block, neither "
                            "swizzled nor transposed")
+    if re.search(r"experts\..*_weight\.weight_packed\Z", weight.name):
+        output = weight.name.removesuffix(".weight_packed")  # The module has the parameter's name.
     return Quantization(format, number_format, output, shape, scale, grids[0], global_scale,
                         first_row, packed_cols or grids[0].cols)
 
 
-def match_weights(checkpoint: Checkpoint,
+def match_weights(tensors: dict[str, Tensor],
                   evidence: Evidence) -> tuple[dict[str, Quantization], dict[str, Tensor]]:
     """Return the weights that match a format, by name, and all their scales."""
-    weights, scales, outputs = {}, {}, set(checkpoint.tensors)
-    for weight in checkpoint.tensors.values():
-        found = find_matches(weight, checkpoint, evidence) if weight.dtype in CONTAINERS else ()
+    weights, scales, outputs = {}, {}, set(tensors)
+    for weight in tensors.values():
+        found = find_matches(weight, tensors, evidence) if weight.dtype in CONTAINERS else ()
         if not found:
             continue
-        weights[weight.name] = quantize(weight, found[0], checkpoint, evidence)
+        weights[weight.name] = quantize(weight, found[0], tensors, evidence)
         output = weights[weight.name].output
         if output != weight.name and output in outputs:
             raise weight.error(f"becomes {output}, which exists too")
         outputs.add(output)
         used = [found[0].scale, found[0].global_scale]
-        # A rival may be a parameter that is only called `scale`.
-        used += [rival.scale for rival in found[1:] if "weight" in rival.scale.leaf]
+        # Another match may have a parameter that is only called `scale`.
+        used += [match.scale for match in found[1:] if "weight" in match.scale.leaf]
         scales.update((scale.name, scale) for scale in used if scale)
     for name in weights.keys() & scales.keys():
         raise scales[name].error("is the scale of a weight and has a scale itself; no known format "
@@ -1167,24 +1164,23 @@ def require_zero(tensor: Tensor, zero: bytes = b"\0") -> None:
 
 
 def find_cache_scales(tensors: dict[str, Tensor], evidence: Evidence) -> dict[str, Tensor]:
-    """Return what serves a quantized key-value cache: one scale, or one for each head if a config
-    names such a cache.
+    """Return what serves a quantized key-value cache.
 
     Parameters may be called so, too (lucidrains/local-attention has a q_scale as long as a head),
-    so a q_scale needs such a config, or the scales of keys and values beside it.
+    so a q_scale needs a config that names such a cache, or the scales of keys and values beside it.
     """
-    found, heads = {}, evidence.heads
+    found = {}
     for name, tensor in tensors.items():
-        module = name.removesuffix(tensor.leaf)
-        alone = heads is None and not {f"{module}k_scale", f"{module}v_scale"} <= tensors.keys()
-        sizes = {0, 1, 2} if tensor.leaf == "scaled_fp8" else {1} | (heads or set())
-        if tensor.leaf in ATTENTION_ZEROS:
+        leaf, module = tensor.leaf, name.removesuffix(tensor.leaf)
+        sizes = {0, 1, 2} if leaf == "scaled_fp8" else evidence.cache_sizes or {1}
+        serves = leaf in CACHE_SCALES and math.prod(tensor.shape) in sizes
+        if leaf == "q_scale" and not evidence.cache_sizes:
+            serves &= {f"{module}k_scale", f"{module}v_scale"} <= tensors.keys()
+        if leaf in ATTENTION_ZEROS:
             require_zero(tensor)
-        elif not CACHE_NAME.fullmatch(name) and (
-                tensor.leaf not in CACHE_SCALES or math.prod(tensor.shape) not in sizes
-                or (tensor.leaf == "q_scale" and alone)):
+        elif not serves and not CACHE_NAME.fullmatch(name):
             continue
-        offset = module + CACHE_OFFSETS.get(tensor.leaf, tensor.leaf)
+        offset = module + CACHE_OFFSETS.get(leaf, leaf)
         found |= {key: tensors[key] for key in (name, offset) if key in tensors}
     return found
 
@@ -1247,36 +1243,35 @@ def find_sides(tensors: list[Tensor], weights: dict[str, Quantization]) -> dict[
         for place in (f"{name}.", f"{name}_", f"{output}.", f"{output}_", *ends):
             places[place] = quantization
     for tensor in tensors if weights else ():
-        known = (split for split in splits(tensor.name) if split[0] in places)
-        place, part = next((split for split in known if "." not in split[1]), ("", ""))
-        quantization = places.get(place) if part else None
-        if quantization and part in SIDES | quantization.format.sides:
+        if tensor.name.endswith("_rot"):  # vllm-project/vllm-ascend: indexer.q_rot
+            raise tensor.error(f"is a rotation, which would have to be applied; {OTHER_TOOL}")
+        place, part = next((split for split in splits(tensor.name) if split[0] in places), ("", ""))
+        if not part or "." in part:
+            continue
+        quantization = places[place]
+        if part in SIDES | quantization.format.sides:
             check_side(tensor, quantization)
             sides[tensor.name] = tensor
-        elif quantization and not may_stay(tensor, place, part, quantization.output):
+        elif not may_stay(tensor, place, part, quantization.output):
             raise tensor.error(f"stands beside {quantization.output} ({quantization.format.title}),"
                                " and no known format has it; it would have to be applied; "
                                f"{OTHER_TOOL}")
-        elif tensor.name.endswith("_rot"):  # vllm-project/vllm-ascend: indexer.q_rot
-            raise tensor.error(f"is a rotation, which would have to be applied; {OTHER_TOOL}")
     return sides
 
 
 def words_of(part: str) -> frozenset[str]:
-    """Return the words of a part of a name in lower case, without numbers."""
-    found = (word.rstrip("0123456789") for word in re.split("[._]", part.lower()))
-    return frozenset(word for word in found if word)
+    """Return the words of a part of a name in lower case, without the digits that end them."""
+    return frozenset(re.findall("[^._]*[^._0-9]", part.lower()))
 
 
 def find_codes(tensors: list[Tensor]) -> dict[str, Tensor]:
     """Return what may be codes by all names that a scale of them may continue."""
     codes = {}
     for tensor in tensors:
-        if tensor.dtype in F8 or (tensor.dtype in INTEGERS and (
-                len(tensor.shape) > 1 or tensor.leaf == "weight")):
-            names = itertools.takewhile(lambda split: words_of(split[1]) <= CODES,
-                                        splits(f"{tensor.name}."))
-            codes |= {place[:-1]: tensor for place, _ in names}
+        integers = tensor.dtype in INTEGERS and (len(tensor.shape) > 1 or tensor.leaf == "weight")
+        if tensor.dtype in F8 or integers:
+            codes |= {place[:-1]: tensor for place, part in splits(f"{tensor.name}.")
+                      if words_of(part) <= CODES}
     return codes
 
 
@@ -1305,12 +1300,12 @@ def check_rest(rest: list[Tensor], evidence: Evidence) -> None:
     """
     codes = find_codes(rest)
     below = {place: tensor for tensor in rest if tensor.dtype in F8
-             for place, _ in splits(tensor.name) if place.endswith(".")}
+             for place, _ in splits(tensor.name) if place}
     for tensor in rest:
         weight = next((codes[place[:-1]] for place, part in splits(tensor.name)
                        if place[:-1] in codes and names_scale(part)), None)
         if tensor.dtype not in F8 and tensor.leaf.endswith(ORPHAN_ENDINGS):
-            weight = weight or below.get(f"{tensor.module}.")
+            weight = weight or below.get(tensor.name.removesuffix(tensor.leaf))
         if weight or looks_quantized(tensor, evidence):
             weight, beside = weight or tensor, f", beside {tensor.name}" if weight else ""
             hint = "" if weight.dtype in F8 else "; only the config could tell what it means"
@@ -1325,10 +1320,9 @@ def check_twice(checkpoint: Checkpoint, dropped: dict[str, Tensor]) -> None:
     weight_map = checkpoint.files.get(checkpoint.index_name, {}).get("weight_map", {})
     for tensor in checkpoint.twice:
         first = checkpoint.tensors[tensor.name]
-        copy = tensor.name in dropped and (
-            (tensor.dtype, tensor.shape) == (first.dtype, first.shape)
-            and read_small(first) == read_small(tensor))
-        if tensor.name not in weight_map and not copy:
+        same = (tensor.dtype, tensor.shape) == (first.dtype, first.shape)
+        if tensor.name not in weight_map and not (
+                tensor.name in dropped and same and read_small(first) == read_small(tensor)):
             raise tensor.error(f"stands in {first.path.name} too and no index says which counts; "
                                "remove the file that is not part of the checkpoint")
 
@@ -1345,7 +1339,7 @@ def read_formats(checkpoint: Checkpoint) -> Reading:
                                   "tensor-parallel ranks load; convert the checkpoint that they "
                                   "were cut from")
     tensors, evidence = checkpoint.tensors, read_evidence(checkpoint)
-    weights, dropped = match_weights(checkpoint, evidence)
+    weights, dropped = match_weights(tensors, evidence)
     if weights or evidence.methods != {""} or any(t.dtype in F8 for t in tensors.values()):
         dropped |= find_cache_scales(tensors, evidence)
     if weights:
