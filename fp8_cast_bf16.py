@@ -304,9 +304,9 @@ def parse_object(text: bytes) -> dict:
     return value
 
 
-def read_json(path: Path, root: Path) -> dict:
-    """Return the JSON object in a file; an empty one if a file such as config_list.json holds
-    another value and so is no config.
+def read_json(path: Path, root: Path) -> dict | None:
+    """Return the JSON object in a file, or None if it is another value in a file such as
+    config_list.json, which is no config.
     """
     check_link(path, root)
     if not path.is_file():
@@ -317,11 +317,11 @@ def read_json(path: Path, root: Path) -> dict:
         value = json.loads(read_bytes(path).decode())
         if isinstance(value, dict):
             return value
-        if path.name != CONFIG_NAME and is_like(path.name, [CONFIG_PATTERN]):
-            return {}
-        raise ValueError("it is not an object")
+        if path.name == CONFIG_NAME or not is_like(path.name, [CONFIG_PATTERN]):
+            raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
+    return None
 
 
 def read_entries(path: Path, header: dict, begin: int, end: int) -> list[Tensor]:
@@ -473,7 +473,8 @@ def load_checkpoint(root: Path, top: Path) -> Checkpoint:
     index_name = find_index(root)
     names = [index_name, PARAMS_NAME, NVIDIA_CONFIG_NAME, SIDECAR_NAME]
     names += sorted(path.name for path in root.glob(CONFIG_PATTERN))
-    files = {name: read_json(root / name, top) for name in names if is_there(root / name)}
+    found = {name: read_json(root / name, top) for name in names if is_there(root / name)}
+    files = {name: value for name, value in found.items() if value is not None}
     if index_name in files:
         weight_map = read_weight_map(root / index_name, files[index_name])
         shards = sorted({*weight_map.values()})
@@ -684,7 +685,6 @@ FORMATS = [
 ]
 PLAIN_CAST = Format("plain FP8 cast", "{}", "")  # Has no scale; see --missing-scale.
 KNOWN_METHODS = words("fp8 mistral").union([""], *(row.methods for row in FORMATS))
-CONTAINERS = frozenset().union(*(row.containers for row in FORMATS))
 # What other keys of a config may say under a method, for bytes and integers. With other values the
 # same tensors mean something else: vllm-project/compressed-tensors config/base.py; amd/Quark 0.13;
 # intel/auto-round 0.16.
@@ -1049,21 +1049,22 @@ def place_in_stack(weight: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]
     return (scale.shape[0], parts * rows, cols), first_row
 
 
-def fits_stack(scale: Tensor | None, format: Format, grid: Grid, shape: tuple[int, ...]) -> bool:
-    """Return whether there is one global scale, one per expert, or ModelOpt's two (gate and up)."""
-    experts = grid.rows // grid.slab_rows
-    halves = format.global_scale == MODELOPT_GLOBAL and experts > 1 and shape[-2] % 2 == 0
-    return scale is None or math.prod(scale.shape) in (1, experts) or (
+def misfit(shape: tuple[int, ...], packed_cols: int, grids: list[Grid], match: Match,
+           evidence: Evidence) -> str | None:
+    """Return in what a weight of this shape and its scales do not fit together, or None."""
+    if len(grids) > 1:
+        return "two grids fit"
+    if not grids:
+        named = [f"; the config names blocks of {rows}x{cols}, which need "
+                 f"{[*map(ceil_div, (1, 1, *shape)[-2:], (rows, cols))]}"
+                 for rows, cols in evidence.block_sizes[:1]]
+        return "".join(["no block size fits", *named])
+    scale, experts = match.global_scale, grids[0].rows // grids[0].slab_rows
+    # There is one global scale, one for each expert, or ModelOpt's two, for gate and up.
+    halves = match.format.global_scale == MODELOPT_GLOBAL and experts > 1 and shape[-2] % 2 == 0
+    fits = scale is None or math.prod(scale.shape) in (1, experts) or (
         halves and scale.shape == (experts, 2))
-
-
-def misfit(shape: tuple[int, ...], grids: list[Grid], blocks: tuple[tuple[int, int], ...]) -> str:
-    """Return in what a weight of this shape and its scales do not fit together."""
-    if grids:
-        return "two grids fit" if len(grids) > 1 else "the grid fits, but not the rest"
-    named = [f"; the config names blocks of {rows}x{cols}, which need "
-             f"{[*map(ceil_div, (1, 1, *shape)[-2:], (rows, cols))]}" for rows, cols in blocks]
-    return "no block size fits" + "".join(named[:1])
+    return None if fits and packed_cols % 2 == 0 else "the grid fits, but not the rest"
 
 
 def quantize(weight: Tensor, match: Match, tensors: dict[str, Tensor],
@@ -1078,12 +1079,11 @@ def quantize(weight: Tensor, match: Match, tensors: dict[str, Tensor],
                        "qkv_proj" in weight.name)
     if number_format == "INT8":  # Quark stores groups transposed, so that they span rows.
         grids = [grid for grid in grids if grid.block_cols > 1 or grid.block_rows == 1]
-    if len(grids) != 1 or packed_cols % 2 or not fits_stack(global_scale, format, grids[0], shape):
+    if problem := misfit(stack, packed_cols, grids, match, evidence):
         scales = [f"{tensor.name} {[*tensor.shape]}" for tensor in (scale, global_scale) if tensor]
         raise weight.error(f"is {[*shape]} ({number_format}, {evidence}), scaled by "
-                           f"{' and '.join(scales)}: {misfit(stack, grids, evidence.block_sizes)}; "
-                           "expected one scale per tensor, expert, row, column or block, neither "
-                           "swizzled nor transposed")
+                           f"{' and '.join(scales)}: {problem}; expected one scale per tensor, "
+                           "expert, row, column or block, neither swizzled nor transposed")
     if re.search(r"experts\..*_weight\.weight_packed\Z", weight.name):
         output = weight.name.removesuffix(".weight_packed")  # The module has the parameter's name.
     return Quantization(format, number_format, output, shape, scale, grids[0], global_scale,
@@ -1095,7 +1095,7 @@ def match_weights(tensors: dict[str, Tensor],
     """Return the weights that match a format, by name, and all their scales."""
     weights, scales, outputs = {}, {}, set(tensors)
     for weight in tensors.values():
-        found = find_matches(weight, tensors, evidence) if weight.dtype in CONTAINERS else ()
+        found = find_matches(weight, tensors, evidence)
         if not found:
             continue
         weights[weight.name] = quantize(weight, found[0], tensors, evidence)
