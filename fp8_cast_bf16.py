@@ -250,9 +250,7 @@ def walk(value, skip: Callable = lambda key, value: False) -> Iterator[tuple[str
 
 
 def is_there(path: Path) -> bool:
-    """Return whether a name stands for anything. An error of reading does not say that it is free,
-    as os.path.lexists would have it: a config would be copied as it is.
-    """
+    """Return whether a name stands for anything. os.path.lexists takes any error for absence."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -366,9 +364,8 @@ def read_header(path: Path, remedy: str = "download it again"
             raise ValueError("its header does not begin with {")
         header = parse_object(text)
         metadata = header.pop("__metadata__", None) or {}
-        if not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its metadata is not text")
-        "".join([*header, *metadata, *metadata.values()]).encode()  # No half of a surrogate pair.
+        # All of these are text, without halves of surrogate pairs.
+        "".join([*header, *metadata, *metadata.values()]).encode()
         return metadata, read_entries(path, header, size, end)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {remedy}"
@@ -561,8 +558,8 @@ class Format(NamedTuple):
       optional. inverse: the scale divides the codes.
     - containers, scale_dtypes: dtypes as safetensors spells them.
     - number_format: a key of kernel.FORMATS; if empty, the dtype of the codes determines it.
-    - methods: the values of quant_method under which tensors are read this way; "" if the config
-      names none. For FP8 they only decide between two scales.
+    - methods: the values of quant_method that mean this format, "" for none. FP8 has one meaning,
+      so they are asked only where it has two scales; anything else needs one of them.
     - groups: how many columns may share a scale, if the format fixes that; 0 for whole rows.
     - stacked: the scales of all experts are one tensor, although the weights are not.
     - transposed: the weight is stored transposed, so that scales of rows apply to columns.
@@ -685,6 +682,7 @@ FORMATS = [
 ]
 PLAIN_CAST = Format("plain FP8 cast", "{}", "")  # Has no scale; see --missing-scale.
 KNOWN_METHODS = words("fp8 mistral").union([""], *(row.methods for row in FORMATS))
+CONTAINERS = frozenset().union(*(row.containers for row in FORMATS))
 # What other keys of a config may say under a method, for bytes and integers. With other values the
 # same tensors mean something else: vllm-project/compressed-tensors config/base.py; amd/Quark 0.13;
 # intel/auto-round 0.16.
@@ -961,7 +959,7 @@ def plain_cast(weight: Tensor) -> Quantization:
                         None, grid, packed_cols=grid.cols)
 
 
-@functools.cache  # Thousands of weights share a few endings of names.
+@functools.lru_cache(4096)  # Weights of all layers share the endings of their names.
 def formats_for(dtype: str, ending: str) -> list[tuple[Format, str, list[str]]]:
     """Return the formats that store a tensor of this dtype under a name with this ending, each with
     the endings of the output's name and of those of the scale and the global scale, if it has one.
@@ -1095,7 +1093,7 @@ def match_weights(tensors: dict[str, Tensor],
     """Return the weights that match a format, by name, and all their scales."""
     weights, scales, outputs = {}, {}, set(tensors)
     for weight in tensors.values():
-        found = find_matches(weight, tensors, evidence)
+        found = find_matches(weight, tensors, evidence) if weight.dtype in CONTAINERS else ()
         if not found:
             continue
         weights[weight.name] = quantize(weight, found[0], tensors, evidence)
