@@ -534,8 +534,11 @@ def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-F8, SMALL_FLOATS = words("F8_E4M3 F8_E5M2"), words("F8_E4M3")
+F8, I8, U8 = words("F8_E4M3 F8_E5M2"), words("I8"), words("U8")
 FLOATS, EXPONENTS = words("F32 BF16 F16"), words("F8_E8M0 U8")  # U8 is 2 ** (byte - 127), too.
+# Containers, dtypes of scales, number format, and columns that share a scale.
+INT8 = I8, FLOATS, "INT8"
+MXFP4, NVFP4 = (U8, EXPONENTS, "E2M1", (32,)), (U8, words("F8_E4M3"), "E2M1", (16,))
 SEMANTICS = "weight_scale_semantics"  # The only key that can say that an FP8 scale divides.
 # NVIDIA/Model-Optimizer torch/export: fused experts have the second name.
 MODELOPT, MODELOPT_GLOBAL = "{}_scale {}_weight_scale", "{}_scale_2 {}_weight_scale_2"
@@ -558,9 +561,9 @@ class Format(NamedTuple):
       optional. inverse: the scale divides the codes.
     - containers, scale_dtypes: dtypes as safetensors spells them.
     - number_format: a key of kernel.FORMATS; if empty, the dtype of the codes determines it.
+    - groups: how many columns may share a scale, if the format fixes that; 0 for whole rows.
     - methods: the values of quant_method that mean this format, "" for none. FP8 has one meaning,
       so they are asked only where it has two scales; anything else needs one of them.
-    - groups: how many columns may share a scale, if the format fixes that; 0 for whole rows.
     - stacked: the scales of all experts are one tensor, although the weights are not.
     - transposed: the weight is stored transposed, so that scales of rows apply to columns.
     - sides: what else is dropped with the weight, besides SIDES.
@@ -573,8 +576,8 @@ class Format(NamedTuple):
     containers: frozenset[str] = F8
     scale_dtypes: frozenset[str] = FLOATS | EXPONENTS
     number_format: str = ""
-    methods: frozenset[str] = frozenset()
     groups: tuple[int, ...] = ()
+    methods: frozenset[str] = frozenset()
     global_scale: str = ""
     divides: bool = False
     inverse: bool = False
@@ -588,13 +591,11 @@ FORMATS = [
     # modelcloud/GPTQModel quantize_fp8_weight: the scale is 448 / absmax and divides.
     Format("GPTQModel", "{}", "{}_scale_inv", F8, FLOATS, inverse=True,
            requires=(SEMANTICS, "inverse")),
-    # deepseek-ai/DeepSeek-V3 inference/kernel.py multiplies by it: it is the inverse of the
-    # quantizer's factor. huggingface/transformers integrations/finegrained_fp8.py, before 5.0,
-    # uses the plural for fused experts.
+    # deepseek-ai/DeepSeek-V3 inference/kernel.py multiplies by it. huggingface/transformers before
+    # 5.0, integrations/finegrained_fp8.py, has the plural for fused experts.
     Format("DeepSeek-V3, Kimi-K2, Qwen3, GLM-5, MiniMax, Mistral", "{}",
            "{}_scale_inv {}_scales_inv", methods=words("fp8 mxfp8")),
-    # huggingface/transformers modeling of Llama 4, FbgemmFp8Llama4TextExperts: the weight is
-    # stored transposed, so that its scales of rows are scales of columns here.
+    # huggingface/transformers modeling of Llama 4, FbgemmFp8Llama4TextExperts
     Format("Llama 4 (fbgemm)", "down_proj", "down_proj_scale", F8, FLOATS, transposed=True,
            requires=("quant_method", "fbgemm_fp8")),
     Format("compressed-tensors, ModelOpt, fbgemm, Quark, auto-round, AutoFP8", "{}", MODELOPT,
@@ -621,64 +622,59 @@ FORMATS = [
     Format("experts saved by transformers 5", "*.down_proj.weight *.w2.weight",
            "down_proj_scale_inv", stacked=True),
     # deepseek-ai/DeepSeek-V3 inference/kernel.py, run on tensors that were viewed as bytes.
-    Format("FP8 as bytes", "{}", "{}_scale_inv", words("U8"), FLOATS, "E4M3", frozenset([""])),
+    Format("FP8 as bytes", "{}", "{}_scale_inv", U8, FLOATS, "E4M3", methods=frozenset([""])),
     # comfyanonymous/ComfyUI comfy/quant_ops.py: a note says what the bytes of weights are.
-    Format("ComfyUI, E4M3 by note", "weight", "weight_scale", words("U8"), FLOATS, "E4M3",
-           words("float8_e4m3fn")),
-    Format("ComfyUI, E5M2 by note", "weight", "weight_scale", words("U8"), FLOATS, "E5M2",
-           words("float8_e5m2")),
+    Format("ComfyUI, E4M3 by note", "weight", "weight_scale", U8, FLOATS, "E4M3",
+           methods=words("float8_e4m3fn")),
+    Format("ComfyUI, E5M2 by note", "weight", "weight_scale", U8, FLOATS, "E5M2",
+           methods=words("float8_e5m2")),
     # sgl-project/sglang layers/quantization/blockwise_int8.py and w8a8_int8.py
-    Format("INT8 in blocks", "{}", "{}_scale_inv", words("I8"), FLOATS, "INT8",
-           words("blockwise_int8")),
-    Format("INT8 of compressed-tensors, w8a8, Quark, ModelOpt", "{}", "{}_scale", words("I8"),
-           FLOATS, "INT8", words("compressed-tensors w8a8_int8 quark modelopt")),
+    Format("INT8 in blocks", "{}", "{}_scale_inv", *INT8, methods=words("blockwise_int8")),
+    Format("INT8 of compressed-tensors, w8a8, Quark, ModelOpt", "{}", "{}_scale", *INT8,
+           methods=words("compressed-tensors w8a8_int8 quark modelopt")),
     # InternLM/lmdeploy lite/apis/smooth_quant.py
-    Format("INT8 of lmdeploy", "weight", "scale", words("I8"), FLOATS, "INT8",
-           words("smooth_quant"), (0,)),
-    Format("INT8 of torchao", "_{}_qdata", "_{}_scale", words("I8"), FLOATS, "INT8",
-           words("torchao")),
+    Format("INT8 of lmdeploy", "weight", "scale", *INT8, (0,), words("smooth_quant")),
+    Format("INT8 of torchao", "_{}_qdata", "_{}_scale", *INT8, methods=words("torchao")),
     # pytorch/ao prototype/mx_formats; swizzled scales have another shape.
-    Format("MXFP4 of torchao", "_{}_qdata", "_{}_scale", words("U8"), words("F8_E8M0"), "E2M1",
-           words("torchao"), (32,)),
-    Format("NVFP4 of torchao", "_{}_qdata", "_{}_scale", words("U8"), SMALL_FLOATS, "E2M1",
-           words("torchao"), (16,), "_{}_per_tensor_scale"),
+    Format("MXFP4 of torchao", "_{}_qdata", "_{}_scale", U8, words("F8_E8M0"), "E2M1", (32,),
+           words("torchao")),
+    Format("NVFP4 of torchao", "_{}_qdata", "_{}_scale", *NVFP4, words("torchao"),
+           "_{}_per_tensor_scale"),
     # deepseek-ai/DeepSeek-V4 inference/convert.py: two codes a byte, the low half first.
     Format("experts of DeepSeek-V4 (MXFP4)", "weight", "scale", words("I8 F4"), words("F8_E8M0"),
-           "E2M1", words("fp8"), (32,)),
+           "E2M1", (32,), words("fp8")),
     # vllm-project/compressed-tensors compressors/mxfp4; intel/auto-round
     # export/export_to_llmcompressor
-    Format("compressed-tensors MXFP4", "{}_packed", "{}_scale", words("U8"), EXPONENTS, "E2M1",
-           words("compressed-tensors auto-round"), (32,)),
+    Format("compressed-tensors MXFP4", "{}_packed", "{}_scale", *MXFP4,
+           words("compressed-tensors auto-round")),
     # radixark/miles tools/convert_mimo_v2_to_bf16.py: the method is fp8, whatever the experts are.
-    Format("experts of MiMo-V2.5 and V2.6 (MXFP4)", "weight", "weight_scale", words("U8"),
-           words("U8"), "E2M1", words("fp8"), (32,), requires=("store_dtype", "mxfp4")),
+    Format("experts of MiMo-V2.5 and V2.6 (MXFP4)", "weight", "weight_scale", U8, U8, "E2M1", (32,),
+           words("fp8"), requires=("store_dtype", "mxfp4")),
     # vllm-project/vllm layers/quantization/quark/schemes/quark_ocp_mx.py; NVIDIA/Model-Optimizer
     # torch/quantization/qtensor/mxfp4_tensor.py
-    Format("MXFP4 of Quark and ModelOpt", "{}", MODELOPT, words("U8"), EXPONENTS, "E2M1",
-           words("quark modelopt"), (32,)),
+    Format("MXFP4 of Quark and ModelOpt", "{}", MODELOPT, *MXFP4, words("quark modelopt")),
     # vllm-project/compressed-tensors compressors/nvfp4: the global scale divides.
-    Format("compressed-tensors NVFP4", "{}_packed", "{}_scale", words("U8"), SMALL_FLOATS, "E2M1",
-           words("compressed-tensors auto-round"), (16,), "{}_global_scale", divides=True,
+    Format("compressed-tensors NVFP4", "{}_packed", "{}_scale", *NVFP4,
+           words("compressed-tensors auto-round"), "{}_global_scale", divides=True,
            sides=words("input_global_scale")),
     # NVIDIA/Model-Optimizer torch/quantization/qtensor/nvfp4_tensor.py. Fused experts may have one
     # global scale for gate and one for up.
-    Format("ModelOpt W4A8_NVFP4_FP8", "{}", MODELOPT, words("U8"), SMALL_FLOATS, "E2M1",
-           words("modelopt"), (32, 16), MODELOPT_GLOBAL, requires=("quant_algo", "W4A8_NVFP4_FP8")),
-    Format("NVFP4 of ModelOpt and Quark", "{}", MODELOPT, words("U8"), SMALL_FLOATS, "E2M1",
-           words("modelopt quark"), (16,), MODELOPT_GLOBAL),
+    Format("ModelOpt W4A8_NVFP4_FP8", "{}", MODELOPT, *NVFP4[:3], (32, 16), words("modelopt"),
+           MODELOPT_GLOBAL, requires=("quant_algo", "W4A8_NVFP4_FP8")),
+    Format("NVFP4 of ModelOpt and Quark", "{}", MODELOPT, *NVFP4, words("modelopt quark"),
+           MODELOPT_GLOBAL),
     # huggingface/transformers integrations/finegrained/nvfp4.py: here the global scale multiplies.
-    Format("transformers NVFP4", "{}", "{}_scale_inv {}_scale_inv", words("U8"), SMALL_FLOATS,
-           "E2M1", words("nvfp4"), (16,), "{}_global_scale {}_weight_global_scale",
-           sides=words("input_global_scale")),
+    Format("transformers NVFP4", "{}", "{}_scale_inv {}_scale_inv", *NVFP4, words("nvfp4"),
+           "{}_global_scale {}_weight_global_scale", sides=words("input_global_scale")),
     # vllm-project/vllm models/inkling/nvidia
-    Format("Inkling NVFP4", "{}", "{}.scale", words("U8"), SMALL_FLOATS, "E2M1", words("modelopt"),
-           (16,), "{}.scale2", sides=words("input_amax original_shape")),
+    Format("Inkling NVFP4", "{}", "{}.scale", *NVFP4, words("modelopt"), "{}.scale2",
+           sides=words("input_amax original_shape")),
     # sgl-project/sglang layers/quantization/w4afp8.py: two's complement, the low half first.
-    Format("W4AFP8", "{}", "{}_scale_inv", words("I8"), FLOATS, "INT4", words("w4afp8"), (128,)),
+    Format("W4AFP8", "{}", "{}_scale_inv", I8, FLOATS, "INT4", (128,), words("w4afp8")),
     # vllm-project/compressed-tensors compressors/pack_quantized: eight codes per int32, the
     # lowest bits first, each 8 more than its value. The config gives the group size.
     Format("Kimi-K2-Thinking, compressed-tensors INT4", "{}_packed", "{}_scale", words("I32"),
-           FLOATS, "UINT4B8", words("compressed-tensors"), sides=words("shape")),
+           FLOATS, "UINT4B8", methods=words("compressed-tensors"), sides=words("shape")),
 ]
 PLAIN_CAST = Format("plain FP8 cast", "{}", "")  # Has no scale; see --missing-scale.
 KNOWN_METHODS = words("fp8 mistral").union([""], *(row.methods for row in FORMATS))
@@ -843,7 +839,7 @@ def read_evidence(checkpoint: Checkpoint) -> Evidence:
     for key, value in walk(sections, says_nothing):
         if isinstance(value, str):
             facts.setdefault(key, set()).add(value)
-    methods = facts.get("quant_method", set())
+    methods = {*facts.get("quant_method", ())}
     methods |= {"modelopt"} if "quant_algo" in dict(walk(said[NVIDIA_CONFIG_NAME])) else set()
     methods |= {"mistral"} if "qformat_weight" in dict(walk(said[PARAMS_NAME])) else set()
     plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
