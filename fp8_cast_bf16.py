@@ -397,8 +397,10 @@ def read_weight_map(path: Path, index: dict) -> dict[str, str]:
     return weight_map
 
 
-def shards_beside(root: Path) -> list[str]:
-    """Return the shards in a folder without an index; their numbers tell if one is missing."""
+def shards_beside(root: Path) -> tuple[list[str], str]:
+    """Return the shards in a folder without an index, and what theirs would be called. Numbers tell
+    if one is missing.
+    """
     names = sorted(path.name for path in root.glob("*.safetensors") if path.name[0] != ".")
     # An adapter must not get into an index: llama.cpp would load it as part of the model.
     names = [name for name in names if not is_like(name, [*OTHER_SETS, ADAPTER])] or names
@@ -407,7 +409,8 @@ def shards_beside(root: Path) -> list[str]:
         if count < int(total):
             raise CheckpointError(f"{root}: has {count} of {int(total)} shards {start}-*-of-{total}"
                                   f"{rest}.safetensors; the download is incomplete")
-    return names
+    indexes = {f"{start}.safetensors.index{rest}.json" for start, _, rest in series}
+    return names, indexes.pop() if len(indexes) == 1 else INDEX_NAME
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -476,10 +479,8 @@ def load_checkpoint(root: Path, top: Path) -> Checkpoint:
         weight_map = read_weight_map(root / index_name, files[index_name])
         shards = sorted({*weight_map.values()})
     else:
-        weight_map, shards = {}, shards_beside(root)
-        series = {found.group(1, 3) for found in map(NUMBERED.fullmatch, shards) if found}
-        if len(series) == 1:  # The output gets an index by the name of its shards.
-            index_name = "{}.safetensors.index{}.json".format(*series.pop())
+        weight_map = {}
+        shards, index_name = shards_beside(root)
     checkpoint = Checkpoint(root, index_name, files)
     for shard in shards:
         add_shard(checkpoint, shard, weight_map)
@@ -1098,7 +1099,7 @@ def match_weights(tensors: dict[str, Tensor],
             raise weight.error(f"becomes {output}, which exists too")
         outputs.add(output)
         used = [found[0].scale, found[0].global_scale]
-        # Another match may have a parameter that is only called `scale`.
+        # The scale of another match may be a parameter that is only called `scale`.
         used += [match.scale for match in found[1:] if "weight" in match.scale.leaf]
         scales.update((scale.name, scale) for scale in used if scale)
     for name in weights.keys() & scales.keys():
@@ -1127,14 +1128,11 @@ CODE_ENDINGS = "qweight", "qzeros", "W_q", "_packed", "_qdata"  # Codes under an
 TABLES = words("ids index idx mask table tid2eid")  # Last words of tables of integers.
 ORPHAN_ENDINGS = "weight_scale", "scale_weight", "_scale_inv", "_scales_inv"
 # Scales of the key-value cache and of attention (vllm-project/vllm model_loader/weight_utils.py),
-# of activations that layers share, and ComfyUI's mark.
-CACHE_SCALES = words("q_scale k_scale v_scale kv_scale prob_scale prob_output_scale qscale_act "
-                     "scaled_fp8")
+# and of activations that layers share.
+CACHE_SCALES = words("q_scale k_scale v_scale kv_scale prob_scale prob_output_scale qscale_act")
 # These serve only a cache, whatever their shape: Tencent/AngelSlim compressor/quant/core/save.py;
 # vllm-project/vllm-ascend quantization/methods/kv_c8.py
 CACHE_NAME = re.compile(r"(.*\.)?(([kv]_cache|fa_[qkv])\.|kv_cache_)(scale|offset)", re.DOTALL)
-CACHE_OFFSETS = {"k_scale": "k_bias", "v_scale": "v_bias"}  # ModelOpt's affine key-value cache.
-ATTENTION_ZEROS = words("q_zero_point k_zero_point v_zero_point")  # vllm-project/llm-compressor
 ONES = {"F32": b"\0\0\x80\x3f", "BF16": b"\x80\x3f", "F16": b"\0\x3c"}  # Little-endian.
 
 
@@ -1157,42 +1155,36 @@ def require_zero(tensor: Tensor, zero: bytes = b"\0") -> None:
         raise tensor.error("is not all zero; asymmetric formats are not supported")
 
 
-def find_cache_scales(tensors: dict[str, Tensor], evidence: Evidence) -> dict[str, Tensor]:
-    """Return what serves a quantized key-value cache.
+def serves_no_weight(tensor: Tensor, tensors: dict[str, Tensor], evidence: Evidence) -> bool:
+    """Return whether a tensor of a quantized checkpoint is dropped wherever it stands.
 
-    Parameters may be called so, too (lucidrains/local-attention has a q_scale as long as a head),
-    so a q_scale needs a config that names such a cache, or the scales of keys and values beside it.
+    Parameters may be called like scales of the key-value cache (lucidrains/local-attention has a
+    q_scale as long as a head), so a q_scale needs a config that names such a cache, or both k_scale
+    and v_scale beside it.
     """
-    found = {}
-    for name, tensor in tensors.items():
-        leaf, module = tensor.leaf, name.removesuffix(tensor.leaf)
-        sizes = {0, 1, 2} if leaf == "scaled_fp8" else evidence.cache_sizes or {1}
-        serves = leaf in CACHE_SCALES and math.prod(tensor.shape) in sizes
-        if leaf == "q_scale" and not evidence.cache_sizes:
-            serves &= {f"{module}k_scale", f"{module}v_scale"} <= tensors.keys()
-        if leaf in ATTENTION_ZEROS:
+    leaf, module = tensor.leaf, tensor.name.removesuffix(tensor.leaf)
+    weight, scale = tensors.get(f"{module}weight"), tensors.get(f"{module}scale_weight")
+    match leaf:
+        case "scaled_fp8":  # ComfyUI's mark
+            return math.prod(tensor.shape) <= 2
+        case "scale_weight" | "scale_input" if scale and weight and weight.dtype in FLOATS:
+            # ComfyUI's older files give plain weights a scale, too.
+            if scale.dtype not in ONES or read_small(scale) != ONES[scale.dtype]:
+                raise scale.error(f"is not 1, and {weight.name} is {weight.dtype}; no known format "
+                                  f"has it; it would have to be applied; {OTHER_TOOL}")
+            return True
+        case "q_zero_point" | "k_zero_point" | "v_zero_point":  # vllm-project/llm-compressor
             require_zero(tensor)
-        elif not serves and not CACHE_NAME.fullmatch(name):
-            continue
-        offset = module + CACHE_OFFSETS.get(leaf, leaf)
-        found |= {key: tensors[key] for key in (name, offset) if key in tensors}
-    return found
-
-
-def find_dummies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the scales that ComfyUI's older files give plain weights. They must be 1."""
-    found = {}
-    for scale in tensors.values():
-        module = scale.name.removesuffix(scale.leaf)
-        weight = tensors.get(f"{module}weight")
-        if scale.leaf != "scale_weight" or not weight or weight.dtype not in FLOATS:
-            continue
-        if scale.dtype not in ONES or read_small(scale) != ONES[scale.dtype]:
-            raise scale.error(f"is not 1, and {weight.name} is {weight.dtype}; no known format has "
-                              f"it; it would have to be applied; {OTHER_TOOL}")
-        names = scale.name, f"{module}scale_input"
-        found |= {name: tensors[name] for name in names if name in tensors}
-    return found
+            return True
+        case "k_bias" | "v_bias":  # ModelOpt's affine cache
+            scale = tensors.get(module + leaf.replace("bias", "scale"))
+            return scale is not None and serves_no_weight(scale, tensors, evidence)
+        case "q_scale" if not evidence.cache_sizes and (
+                not {f"{module}k_scale", f"{module}v_scale"} <= tensors.keys()):
+            return False
+    if leaf in CACHE_SCALES:
+        return math.prod(tensor.shape) in (evidence.cache_sizes or {1})
+    return bool(CACHE_NAME.fullmatch(tensor.name))
 
 
 def splits(name: str) -> Iterator[tuple[str, str]]:
@@ -1335,9 +1327,8 @@ def read_formats(checkpoint: Checkpoint) -> Reading:
     tensors, evidence = checkpoint.tensors, read_evidence(checkpoint)
     weights, dropped = match_weights(tensors, evidence)
     if weights or evidence.methods != {""} or any(t.dtype in F8 for t in tensors.values()):
-        dropped |= find_cache_scales(tensors, evidence)
-    if weights:
-        dropped |= find_dummies(tensors)
+        dropped |= {name: tensor for name, tensor in tensors.items()
+                    if name not in weights and serves_no_weight(tensor, tensors, evidence)}
     others = [tensor for name, tensor in tensors.items()
               if name not in weights and name not in dropped]
     dropped |= find_sides(others, weights)
