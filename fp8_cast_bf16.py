@@ -302,24 +302,28 @@ def parse_object(text: bytes) -> dict:
     return value
 
 
-def read_json(path: Path, root: Path) -> dict | None:
-    """Return the JSON object in a file, or None if it is another value in a file such as
-    config_list.json, which is no config.
+def read_files(root: Path, index_name: str, top: Path) -> dict[str, dict]:
+    """Return the objects in the JSON files of a checkpoint, by name. A file like config_list.json
+    may hold another value; then it is no config.
     """
-    check_link(path, root)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: is not a regular file; put the file itself there")
-    if (size := path.stat().st_size) > HEADER_LIMIT:
-        raise CheckpointError(f"{path}: has {size} bytes; expected at most {HEADER_LIMIT}")
-    try:
-        value = json.loads(read_bytes(path).decode())
-        if isinstance(value, dict):
-            return value
-        if path.name == CONFIG_NAME or not is_like(path.name, [CONFIG_PATTERN]):
-            raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
-    return None
+    names = [index_name, PARAMS_NAME, NVIDIA_CONFIG_NAME, SIDECAR_NAME]
+    names += sorted(path.name for path in root.glob(CONFIG_PATTERN))
+    files = {}
+    for path in [root / name for name in names if is_there(root / name)]:
+        check_link(path, top)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file; put the file itself there")
+        if (size := path.stat().st_size) > HEADER_LIMIT:
+            raise CheckpointError(f"{path}: has {size} bytes; expected at most {HEADER_LIMIT}")
+        try:
+            value = json.loads(read_bytes(path).decode())
+            if isinstance(value, dict):
+                files[path.name] = value
+            elif path.name == CONFIG_NAME or not is_like(path.name, [CONFIG_PATTERN]):
+                raise ValueError("it is not an object")
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
+    return files
 
 
 def read_entries(path: Path, header: dict, begin: int, end: int) -> list[Tensor]:
@@ -364,8 +368,9 @@ def read_header(path: Path, remedy: str = "download it again"
             raise ValueError("its header does not begin with {")
         header = parse_object(text)
         metadata = header.pop("__metadata__", None) or {}
-        # All of these are text, without halves of surrogate pairs.
-        "".join([*header, *metadata, *metadata.values()]).encode()
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata is not text")
+        "".join([*header, *metadata, *metadata.values()]).encode()  # No half of a surrogate pair.
         return metadata, read_entries(path, header, size, end)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); {remedy}"
@@ -471,10 +476,7 @@ def load_checkpoint(root: Path, top: Path) -> Checkpoint:
     top: the folder that no link may leave.
     """
     index_name = find_index(root)
-    names = [index_name, PARAMS_NAME, NVIDIA_CONFIG_NAME, SIDECAR_NAME]
-    names += sorted(path.name for path in root.glob(CONFIG_PATTERN))
-    found = {name: read_json(root / name, top) for name in names if is_there(root / name)}
-    files = {name: value for name, value in found.items() if value is not None}
+    files = read_files(root, index_name, top)
     if index_name in files:
         weight_map = read_weight_map(root / index_name, files[index_name])
         shards = sorted({*weight_map.values()})
@@ -1280,11 +1282,13 @@ def looks_quantized(tensor: Tensor, evidence: Evidence) -> bool:
     return "16" not in tensor.dtype and (leaf.endswith(CODE_ENDINGS) or bool(weight))
 
 
-def check_rest(rest: list[Tensor], evidence: Evidence) -> None:
-    """Raise CheckpointError if anything looks quantized among the tensors that no format has: it
-    would be left half converted. A scale of no weight may be that of any FP8 weight below it.
+def find_orphans(rest: list[Tensor], evidence: Evidence) -> list[Tensor]:
+    """Return the scales of no weight among the tensors that no format has.
+
+    Raises CheckpointError if any of these looks quantized: it would be left half converted. A scale
+    of no weight may be that of any FP8 weight below it.
     """
-    codes = find_codes(rest)
+    codes, orphans = find_codes(rest), []
     below = {place: tensor for tensor in rest if tensor.dtype in F8
              for place, _ in splits(tensor.name) if place}
     for tensor in rest:
@@ -1297,6 +1301,9 @@ def check_rest(rest: list[Tensor], evidence: Evidence) -> None:
             hint = "" if weight.dtype in F8 else "; only the config could tell what it means"
             raise weight.error(f"({weight.dtype}{beside}) looks quantized, in no format known here "
                                f"({evidence}){hint}; {OTHER_TOOL}")
+        if tensor.dtype not in F8 and tensor.leaf.endswith(("_scale_inv", "_scales_inv")):
+            orphans.append(tensor)  # No parameter is called so.
+    return orphans
 
 
 def check_twice(checkpoint: Checkpoint, dropped: dict[str, Tensor]) -> None:
@@ -1333,10 +1340,7 @@ def read_formats(checkpoint: Checkpoint) -> Reading:
               if name not in weights and name not in dropped]
     dropped |= find_sides(others, weights)
     rest = [tensor for tensor in others if tensor.name not in dropped]
-    check_rest(rest, evidence)
-    # No parameter is called so, and no weight that these could be the scales of is left.
-    orphans = [tensor for tensor in rest if tensor.dtype not in F8
-               and tensor.leaf.endswith(("_scale_inv", "_scales_inv"))]
+    orphans = find_orphans(rest, evidence)
     dropped |= {tensor.name: tensor for tensor in orphans}
     check_twice(checkpoint, dropped)
     return Reading(weights, dropped, orphans, [t for t in rest if t.dtype in F8])
