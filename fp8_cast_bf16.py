@@ -265,7 +265,8 @@ def check_link(path: Path, root: Path) -> None:
     Hugging Face cache keeps the files of a snapshot as links to blobs/HASH, which are followed.
     """
     if path.is_symlink():
-        target, root = path.resolve(), root.resolve()
+        # Path.resolve raises RuntimeError for a loop of links, before Python 3.13.
+        target, root = Path(os.path.realpath(path)), root.resolve()
         inside = target.is_relative_to(root) and not any(
             part.startswith(".") for part in target.relative_to(root).parts)
         if not path.exists() or not (inside or HUB_BLOB.search(target.as_posix())):
