@@ -1038,7 +1038,7 @@ def shape_of(weight: Tensor, number_format: str, tensors: dict[str, Tensor],
 def place_in_stack(weight: Tensor, scale: Tensor) -> tuple[tuple[int, ...], int]:
     """Return the shape of the stack whose scales these are, and where in it the weight begins."""
     expert, projection, _ = weight.name.split(".")[-3:]
-    if len(weight.shape) != 2 or int(expert) >= (*scale.shape, 0)[0]:
+    if len(weight.shape) != 2 or not scale.shape or int(expert) >= scale.shape[0]:
         raise weight.error(f"is {[*weight.shape]}, and {scale.name} {[*scale.shape]} has no scales "
                            "for it")
     rows, cols = weight.shape
@@ -1279,8 +1279,8 @@ def looks_quantized(tensor: Tensor, evidence: Evidence) -> bool:
         return tensor.dtype in STRANGE_DTYPES
     if evidence.methods - KNOWN_METHODS and leaf.rpartition("_")[2] not in TABLES:
         return True
-    weight = leaf.endswith(("weight", "_proj")) and evidence.methods - {"fp8", ""}
-    return "16" not in tensor.dtype and (leaf.endswith(CODE_ENDINGS) or bool(weight))
+    named = leaf.endswith(("weight", "_proj")) and bool(evidence.methods - {"fp8", ""})
+    return tensor.dtype not in ("I16", "U16") and (named or leaf.endswith(CODE_ENDINGS))
 
 
 def find_orphans(rest: list[Tensor], evidence: Evidence) -> list[Tensor]:
