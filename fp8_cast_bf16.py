@@ -717,8 +717,8 @@ class Evidence:
 
     methods: every quant_method, {""} where there is none. facts: the texts that stand under each
     key of a quantization config. block_sizes: rows and columns. int4_groups: group sizes of INT4, 0
-    for whole rows. cache_sizes: how many elements a scale of the key-value cache may have, if the
-    config names a quantized cache.
+    for whole rows. cache_sizes: how many elements a scale of the key-value cache may have; empty if
+    no config names a quantized cache.
     """
 
     methods: frozenset[str]
@@ -816,8 +816,8 @@ def read_int4_groups(entries: list[tuple[str, object]]) -> tuple[int, ...]:
 
 
 def read_cache_sizes(config: dict) -> frozenset[int]:
-    """Return how many elements a scale of a cache may have: one, or one for each head, but not as
-    many as a head has dimensions, as parameters have that are called like such scales.
+    """Return how many elements a scale of a cache may have: one, or one for each head. (Parameters
+    of the same names have as many as a head has dimensions.)
     """
     numbers = [(key, value) for key, value in walk(config) if isinstance(value, int)]
     heads, kv_heads, head_dims, widths = (
@@ -1250,7 +1250,7 @@ def find_sides(tensors: list[Tensor], weights: dict[str, Quantization]) -> dict[
 
 def words_of(part: str) -> frozenset[str]:
     """Return the words of a part of a name in lower case, without the digits that end them."""
-    return frozenset(re.findall("[^._]*[^._0-9]", part.lower()))
+    return frozenset(word.rstrip("0123456789") for word in re.split("[._]", part.lower())) - {""}
 
 
 def find_codes(tensors: list[Tensor]) -> dict[str, Tensor]:
