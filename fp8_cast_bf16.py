@@ -1119,14 +1119,15 @@ STRANGE_DTYPES = words("F4 F6_E2M3 F6_E3M2 F8_E4M3FNUZ F8_E5M2FNUZ F8_E8M0")
 # May stand beside any weight and are copied; `scale` only if it is not the weight's own scale.
 PARAMETERS = words("bias e_score_correction_bias correction_bias expert_bias scale tid2eid "
                    "position_ids num_batches_tracked")
-# Whoever wrote it, the name of a scale continues that of its codes with a word like SCALE and any
-# of these, and with no others. Before that, the words of CODES may be left out.
-SCALE = re.compile("(q|w[ct]?)?scales?|scaling|absmax|scb|suh|svh|compressed|lut")
+# Whoever wrote it, the name of a scale continues that of its codes with one of SCALE_WORDS, and
+# with no words but these and BESIDE_SCALE. Before that, CODE_WORDS may be left out.
+SCALE_WORDS = words("scale scales qscale qscales wscale wscales wcscale wcscales wtscale wtscales "
+                    "scaling absmax scb suh svh compressed lut")
 BESIDE_SCALE = words(
     "weight weights inv inverse reciprocal factor factors block blocks group channel global double "
     "quant quantized quantizer deq dequant fp int per tensor row col w zeros and table")
-CODES = words("weight weights qweight qweights packed data qdata blocks quant quantized values "
-              "float fp bitmask trellis")
+CODE_WORDS = words("weight weights qweight qweights packed data qdata blocks quant quantized "
+                   "values float fp bitmask trellis")
 CODE_ENDINGS = "qweight", "qzeros", "W_q", "_packed", "_qdata"  # Codes under any method or none.
 TABLES = words("ids index idx mask table tid2eid")  # Last words of tables of integers.
 ORPHAN_ENDINGS = "weight_scale", "scale_weight", "_scale_inv", "_scales_inv"
@@ -1260,14 +1261,14 @@ def find_codes(tensors: list[Tensor]) -> dict[str, Tensor]:
         integers = tensor.dtype in INTEGERS and (len(tensor.shape) > 1 or tensor.leaf == "weight")
         if tensor.dtype in F8 or integers:
             codes |= {place[:-1]: tensor for place, part in splits(f"{tensor.name}.")
-                      if words_of(part) <= CODES}
+                      if words_of(part) <= CODE_WORDS}
     return codes
 
 
 def names_scale(part: str) -> bool:
     """Return whether a part that continues the name of codes is the name of their scale."""
-    scales = {word for word in words_of(part) if SCALE.fullmatch(word)}
-    return bool(scales) and words_of(part) - scales <= BESIDE_SCALE
+    named = words_of(part)
+    return not named.isdisjoint(SCALE_WORDS) and named <= SCALE_WORDS | BESIDE_SCALE
 
 
 def looks_quantized(tensor: Tensor, evidence: Evidence) -> bool:
