@@ -7,7 +7,6 @@
   load_file, torch's float8 cast, save_file; then --verify beside reading both checkpoints, a run
   that finds nothing to do, and the dequantization alone. --plot FILE draws the conversions.
 - kernel: the dequantization alone, on a CPU and a GPU, beside torch's float8 cast and a copy.
-- tensors: bf16_tensors beside a conversion and beside safetensors' safe_open on either checkpoint.
 - space: what a conversion takes of the disk, with and without --delete-source.
 - plan: --dry-run and a run on a complete output for DeepSeek-V3's layout: all of its 91,991 tensors
   in 163 shards, each axis a sixteenth, with everything cached.
@@ -50,19 +49,10 @@ DIRECT = getattr(os, "O_DIRECT", 0)
 # --- what runs in a process of its own, by name: python benchmark.py --run NAME SCRIPT IN OUT ---
 
 
-def run_tensors(script: Path, source: Path, out: Path, device: str = "cpu") -> None:
+def run_tensors(script: Path, source: Path, out: Path) -> None:
     import fp8_cast_bf16
 
-    deque(fp8_cast_bf16.bf16_tensors(source, device), maxlen=0)
-
-
-def run_safe_open(script: Path, source: Path, out: Path) -> None:
-    from safetensors import safe_open
-
-    for path in shards_of(source):
-        with safe_open(path, "pt") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                shard.get_tensor(name).clone()
+    deque(fp8_cast_bf16.bf16_tensors(source), maxlen=0)
 
 
 def run_compressed_tensors(script: Path, source: Path, out: Path) -> None:
@@ -144,9 +134,6 @@ RUNS = {
     "compressed-tensors": run_compressed_tensors,
     "load, cast, save": run_ancestor,
     "bf16_tensors": run_tensors,
-    "bf16_tensors, CUDA": functools.partial(run_tensors, device="cuda"),
-    "safe_open, FP8": run_safe_open,
-    "safe_open, BF16": lambda script, source, out: run_safe_open(script, out, out),
 }
 OURS, FLOOR = "fp8_cast_bf16.py", "the disk alone"
 THEIRS = ["compressed-tensors"] * bool(importlib.util.find_spec("compressed_tensors"))
@@ -227,7 +214,7 @@ def print_table(rows: dict[str, dict[str, float | str]]) -> None:
 
 
 def print_runs(runs: dict[str, dict], moved: dict[str, float] | None = None) -> None:
-    """Print medians, and the rate of contenders that write or yield so many GB."""
+    """Print medians, and the rate of contenders that write so many GB."""
     rows = {}
     for name, figures in runs.items():
         seconds, *others = (figures[figure] for figure in FIGURES)
@@ -389,24 +376,6 @@ def measure_kernel(folder: Path, options: argparse.Namespace) -> dict:
     return rows
 
 
-def measure_tensors(folder: Path, options: argparse.Namespace) -> dict:
-    """Time bf16_tensors beside the conversion and beside safe_open on either checkpoint."""
-    place = make_place(folder, options)
-    timed(place.convert())
-    other = place._replace(out=folder / "other")
-    names = ["conversion", "bf16_tensors", "safe_open, BF16"]
-    moved = dict.fromkeys(names + ["bf16_tensors, CUDA"] * has_gpu(), size_of(place.out))
-    moved["safe_open, FP8"] = size_of(place.source)
-    commands = {name: place.run(name) for name in (*moved, "import")}
-    runs = take_turns(commands | {"conversion": other.convert()}, options.runs,
-                      lambda name: remove(other.out))
-    print_runs(runs, moved)
-    startup = median(runs["import"]["seconds"])
-    rates = {name: size / (median(runs[name]["seconds"]) - startup) for name, size in moved.items()}
-    print("GB/s, net of import:", ", ".join(f"{name} {rate:.2f}" for name, rate in rates.items()))
-    return {**runs, "rates": rates}
-
-
 def bytes_on_disk(folder: Path) -> int:
     """Return how much of the disk the files below a folder take, which may come and go."""
     total = 0
@@ -488,8 +457,8 @@ def measure_pairs(folder: Path, options: argparse.Namespace) -> dict:
     return record
 
 
-MODES = {"conversion": measure_conversion, "kernel": measure_kernel, "tensors": measure_tensors,
-         "space": measure_space, "plan": measure_plan, "pairs": measure_pairs}
+MODES = {"conversion": measure_conversion, "kernel": measure_kernel, "space": measure_space,
+         "plan": measure_plan, "pairs": measure_pairs}
 
 
 def main() -> None:
