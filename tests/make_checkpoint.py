@@ -20,6 +20,7 @@ with warnings.catch_warnings():  # torch warns when numpy is not installed; noth
     import torch
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
+SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9}
 
 
@@ -55,22 +56,27 @@ def layer_tensors(layer: int, hidden: int, generator: torch.Generator) -> Iterat
     yield f"{prefix}mlp.gate.e_score_correction_bias", torch.randn(2, generator=generator)
 
 
-def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file: the header's length, the header, the tensors' bytes."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+def header_of(tensors: list[tuple[str, str, list[int]]]) -> tuple[bytes, int]:
+    """Return what a safetensors file of such names, dtypes and shapes begins with (the header's
+    length and the header), and how many bytes follow.
+    """
     header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in ordered:
-        end = offset + tensor.numel() * tensor.element_size()
-        entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
-        header[name] = {**entry, "data_offsets": [offset, end]}
+    for name, dtype, shape in tensors:
+        end = offset + SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset
+
+
+def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, _ = header_of([(name, DTYPES[t.dtype], list(t.shape)) for name, t in ordered])
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for _, tensor in ordered:
-            size = tensor.numel() * tensor.element_size()
-            file.write(ctypes.string_at(tensor.data_ptr(), size))
+            file.write(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
 
 
 def make_checkpoint(out: Path, size: int, shards: int) -> None:
@@ -87,11 +93,11 @@ def make_checkpoint(out: Path, size: int, shards: int) -> None:
             if held >= size / shards:
                 break
             made = dict(layer_tensors(layer, hidden, generator))
-            held += sum(t.numel() * t.element_size() for t in made.values())
+            held += sum(tensor.nbytes for tensor in made.values())
             tensors |= made
         save_file(tensors, out / name)
         weight_map |= dict.fromkeys(tensors, name)
-        total += sum(t.numel() * t.element_size() for t in tensors.values())
+        total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
@@ -139,20 +145,15 @@ def deepseek_v3_tensors() -> Iterator[tuple[str, str, list[int]]]:
 def make_layout(out: Path, tensors: list[tuple[str, str, list[int]]], shards: int) -> None:
     """Write shards of the given tensors as sparse files, which hold zeros and take no room."""
     out.mkdir(parents=True, exist_ok=True)
-    sizes = {dtype: torch.empty(0, dtype=kind).element_size() for kind, dtype in DTYPES.items()}
     weight_map, each = {}, -(-len(tensors) // shards)
     for shard in range(shards):
-        header, offset = {}, 0
-        for name, dtype, shape in tensors[shard * each : (shard + 1) * each]:
-            end = offset + sizes[dtype] * math.prod(shape)
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
-            offset = end
+        some = tensors[shard * each : (shard + 1) * each]
+        header, size = header_of(some)
         file_name = f"model-{shard + 1:05}-of-{shards:06}.safetensors"
-        weight_map |= dict.fromkeys(header, file_name)
-        text = json.dumps(header).encode()
+        weight_map |= dict.fromkeys((name for name, *_ in some), file_name)
         with open(out / file_name, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + offset)
+            file.write(header)
+            file.truncate(len(header) + size)
     index = {"metadata": {}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
 
