@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import CONFIG, several_kinds, write_checkpoint
+from checkpoints import CONFIG, several_kinds, write_checkpoint, write_independent
 from fp8_cast_bf16 import main
 
 # Each conversion looks up the versions of packages, which is a third of the time of a small one.
@@ -38,15 +38,15 @@ def out(source, tmp_path):
 
 
 @pytest.fixture
+def independent(tmp_path):
+    """Two shards that need each other, one that needs none, and one in a folder of its own."""
+    write_independent(tmp_path / "in")
+    return tmp_path / "in"
+
+
+@pytest.fixture
 def folder():
     """A folder with an empty `in`; its path is short, because the names of sockets must be."""
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "in").mkdir()
         yield Path(name)
-
-
-@pytest.fixture
-def secret(folder):
-    """A file beside the checkpoint, which must not get into the output."""
-    (folder / "secret").write_text('{"token": "abc"}')
-    return folder / "secret"

@@ -8,8 +8,6 @@ import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -73,13 +71,6 @@ def open_files(source):
         with contextlib.suppress(FileNotFoundError):  # The listing itself is closed by now.
             found.append(os.readlink(f"/proc/self/fd/{number}"))
     return [path for path in found if path.startswith(f"{source}/")]
-
-
-def run_python(code, *arguments, cwd=ROOT):
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True,
-                          cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
 
 
 def bytes_read():
@@ -165,7 +156,7 @@ def test_memory_is_bounded_by_one_tensor_and_the_windows(tmp_path):
         f"import sys, fp8_cast_bf16; {checkpoints.PEAK}before = peak()\n"
         "for name, tensor in fp8_cast_bf16.bf16_tensors(sys.argv[1], workers=2): del tensor\n"
         "print(name, 1024 * (peak() - before))")
-    name, taken = run_python(code, tmp_path / "in")
+    name, taken = checkpoints.python("-c", code, tmp_path / "in").stdout.split()
     assert name == "3.weight"
     assert size < int(taken) < size + 64 * 10**6  # No windows: codes, float32 values, the rest.
 
@@ -366,7 +357,7 @@ def test_under_a_limit_of_threads_fewer_are_taken(folder, call):
         "limit = len(os.listdir('/proc/self/task')) + 4\n"
         "resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))\n"
         f"assert {call}\n")
-    run_python(code, cwd=folder)
+    checkpoints.python("-c", code, cwd=folder)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork")

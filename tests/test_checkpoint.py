@@ -3,7 +3,7 @@
 What cannot be converted is refused with one message that names the file, and nothing is written.
 """
 
-import json
+import itertools
 import os
 import resource
 import shutil
@@ -113,13 +113,12 @@ def test_a_folder_that_is_no_checkpoint_is_answered_by_where_one_is(tmp_path):
 
 
 @pytest.mark.parametrize("name, kind", [
-    *((SHARD, kind) for kind in ("pipe", "socket", "device", "folder")),
-    *((name, kind) for kind in (*c.SPECIAL, "folder")
-      for name in ("config.json", "params.json", "hf_quant_config.json", INDEX))])
-def test_what_is_no_file_of_the_checkpoint_is_refused(folder, secret, name, kind):
+    (name, kind) for kind in ("pipe", "socket", "device", "folder")
+    for name in (SHARD, "config.json", "params.json", "hf_quant_config.json", INDEX)])
+def test_what_is_no_file_of_the_checkpoint_is_refused(folder, name, kind):
     shards = {} if name == SHARD else {SHARD: c.TENSORS}
     c.write_checkpoint(folder / "in", shards, index=False)
-    c.special_file(folder / "in" / name, kind, secret)
+    c.special_file(folder / "in" / name, kind)
     said = c.assert_folder_refused(folder / "in", f"{folder / 'in' / name}: ")
     assert ("no such file" if name == SHARD else "put the file") in said
 
@@ -183,7 +182,7 @@ def test_an_index_may_be_of_a_variant_and_name_shards_in_folders(tmp_path, index
     save_file({"x": torch.ones(1)}, source / Path(name).with_name("extra.safetensors"))
     out = converted(source)
     c.assert_holds(out / name, expected)
-    assert json.loads((out / index).read_text()) == {
+    assert c.read_json(out / index) == {
         "weight_map": dict.fromkeys(sorted(expected), name),
         "metadata": {"total_size": 130 * 40 * 2 + 12}}
     assert files(out) == files(source)  # The extra shard is copied.
@@ -321,20 +320,24 @@ def test_links_to_places_inside_are_followed_or_named_and_shards_may_be_anywhere
     (single / "again").symlink_to("draft")
     out = converted(single)
     c.assert_holds(out / "draft" / SHARD, expected)
-    assert json.loads((out / "draft/config.json").read_text()) == {}
+    assert c.read_json(out / "draft/config.json") == {}
     assert files(out) == {SHARD, "config.json", f"draft/{SHARD}", "draft/config.json"}
     assert "Not copied: again\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("place", ["tokenizer.json", "config.json", INDEX, "draft"])
-@pytest.mark.parametrize("target", [
-    "../secret", "../blobs", "/mnt/nowhere", "gone", "itself", ".git/secret", *(
+LINKED = ["tokenizer.json", "config.json", "params.json", "hf_quant_config.json", INDEX, "draft"]
+TARGETS = [
+    "../secret", "../blobs", "/mnt/nowhere", "/dev/zero", "gone", "itself", ".git/secret", *(
         f"../blobs/{name}" for name in ("a" * 39, "a" * 41, "A" * 40, "g" * 40, "a" * 63)),
-    f"../blobs/{'a' * 40}/{'b' * 40}",
-])
-def test_links_out_of_the_checkpoint_are_refused_with_the_remedy(single, target, place):
-    target = place if target == "itself" else target
-    path = single / target
+    f"../blobs/{'a' * 40}/{'b' * 40}"]
+
+
+@pytest.mark.parametrize("place, target", [
+    *itertools.product(LINKED, TARGETS), ("sub/tokenizer.json", "../../secret")])
+def test_links_out_of_the_checkpoint_are_refused_with_the_remedy(single, place, target):
+    (single / place).parent.mkdir(exist_ok=True)
+    target = Path(place).name if target == "itself" else target
+    path = (single / place).parent / target
     if "secret" in target or "blobs" in target:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir() if place == "draft" or path.name == "blobs" else path.write_text("{}")
@@ -362,9 +365,9 @@ def test_the_parts_of_a_pipeline_are_converted_each_in_its_folder_by_its_own_con
     c.assert_holds(out / "2_Dense" / SHARD, expected)
     found = c.contents(out)
     assert {*found} == files(source)
-    assert json.loads(found["a/transformer/config.json"]) == {"b": 1}
-    index = json.loads(found[f"2_Dense/{INDEX}"])
-    assert index["weight_map"] == dict.fromkeys(sorted(expected), SHARD)
+    assert c.read_json(out / "a/transformer/config.json") == {"b": 1}
+    weight_map = c.read_json(out / "2_Dense" / INDEX)["weight_map"]
+    assert weight_map == dict.fromkeys(sorted(expected), SHARD)
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         assert found[name] == (source / name).read_bytes()
 
@@ -378,19 +381,6 @@ def test_the_method_of_the_root_does_not_count_in_a_folder(tmp_path):
     c.write_json(source / "draft/config.json", config)
     out = converted(source)
     assert load_file(out / "draft" / SHARD)["w.weight"].dtype == torch.bfloat16
-
-
-def test_hidden_files_of_a_folder_are_ignored_but_git_needs_its_attributes(single, capsys):
-    draft = c.write_checkpoint(single / "draft", {SHARD: c.one_weight("b")[0]}, CONFIG, index=False)
-    put(".gitattributes", "*.safetensors filter=lfs\n")(draft)
-    expected = files(single)
-    (single / ".git").mkdir()
-    for folder in (single, draft, single / ".git"):
-        for name in (f"._{SHARD}", f"._{INDEX}", "._config.json", ".DS_Store", ".x.safetensors"):
-            put(name, b"\0\5\26\7")(folder)  # macOS leaves most of them.
-    put(SHARD, "x")(single / ".git")
-    assert files(converted(single)) == expected
-    assert "Not copied" not in capsys.readouterr().out
 
 
 # --- configs ---
@@ -408,8 +398,7 @@ def test_a_config_that_needs_no_edit_and_a_list_are_copied_byte_for_byte(source,
 
 def test_of_a_key_that_stands_twice_the_last_counts_as_in_transformers(source):
     (source / "config.json").write_text('{"a": 1, "dtype": "float16", "a": 2}')
-    written = json.loads((converted(source) / "config.json").read_text())
-    assert written == {"a": 2, "dtype": "bfloat16"}
+    assert c.read_json(converted(source) / "config.json") == {"a": 2, "dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
@@ -427,7 +416,7 @@ def test_dtype_becomes_bfloat16_for_text_and_where_it_names_a_quantized_one(
     for part in reversed(place.split()):
         config, expected = {part: config}, {part: expected}
     c.write_json(source / "config.json", config | CONFIG)
-    assert json.loads((converted(source) / "config.json").read_text()) == expected
+    assert c.read_json(converted(source) / "config.json") == expected
 
 
 @pytest.mark.parametrize("depth", [10, 900])

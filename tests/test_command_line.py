@@ -58,12 +58,6 @@ def out_of(source: Path) -> dict[str, bytes]:
     return c.contents(source.parent / "out")
 
 
-def fails(capsys, source: Path, *more: str) -> str:
-    """See that a conversion exits with 1; return the last line on stderr."""
-    assert cli(c.arguments(source, *more)) == 1
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 # --- what is printed ---
 
 
@@ -206,13 +200,13 @@ def test_an_error_of_a_worker_exits_1_and_leaves_no_shard(
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", fail)
-    last = fails(capsys, source)
+    last = c.fails(capsys, source)
     assert last.startswith("error: ") and last.endswith(said)
     assert out_of(source) == {}
 
 
 @pytest.mark.parametrize("while_writing", [False, True])
-@pytest.mark.parametrize("said", ["Input/output error", ""])
+@pytest.mark.parametrize("said", ["Input/output error", "the file system is not ready"])
 def test_a_read_that_fails_or_would_block_exits_1_and_names_the_file(
     source, capsys, monkeypatch, while_writing, said
 ):
@@ -220,18 +214,18 @@ def test_a_read_that_fails_or_would_block_exits_1_and_names_the_file(
 
     class Failing(io.FileIO):
         def readinto(self, view):
-            if said:
+            if said == "Input/output error":
                 raise OSError(errno.EIO, said)
 
-    def failing(path, *more, **options):
+    def failing(path, mode="r", buffering=-1, *more, **options):
         if path == source / SHARD and (
                 not while_writing or list(source.parent.glob("out/*.tmp"))):
-            return io.BufferedReader(Failing(path))
-        return real(path, *more, **options)
+            return io.BufferedReader(Failing(path)) if buffering else Failing(path)
+        return real(path, mode, buffering, *more, **options)
 
     real = builtins.open
     monkeypatch.setattr(builtins, "open", failing)
-    last = fails(capsys, source)
+    last = c.fails(capsys, source)
     assert last.startswith(f"error: {source / SHARD}: ") and last.endswith(said)
     assert (source.parent / "out").exists() == while_writing
     assert out_of(source) == {}
@@ -259,7 +253,7 @@ def test_where_no_thread_may_be_started_the_run_says_so(source, monkeypatch, cap
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    assert "can't start new thread; try --workers 1" in fails(capsys, source)
+    assert "can't start new thread; try --workers 1" in c.fails(capsys, source)
     assert out_of(source) == {}
 
 
@@ -310,9 +304,8 @@ def test_what_cannot_be_imported_is_an_import_error_that_says_what_to_do(tmp_pat
 
 
 def test_the_kernel_is_found_by_python_with_a_safe_path(tmp_path):
-    done = subprocess.run([sys.executable, "-P", *SCRIPT[1:], "--version"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"{fp8_cast_bf16.VERSION}\n"), done.stderr
+    done = c.python("-P", *SCRIPT[1:], "--version", cwd=tmp_path)
+    assert done.stdout == f"{fp8_cast_bf16.VERSION}\n"
 
 
 def test_the_demo_needs_neither_triton_nor_numpy_and_leaves_python_as_it_was(tmp_path):
@@ -329,9 +322,7 @@ def test_the_demo_needs_neither_triton_nor_numpy_and_leaves_python_as_it_was(tmp
         "seen, count = [], torch.get_num_threads\n"
         "thread = threading.Thread(target=lambda: seen.append(count()))\n"
         "thread.start(); thread.join(); assert [*seen, count()] == [before[0]] * 2\n")
-    done = subprocess.run([sys.executable, "-B", "-c", code, ROOT], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = c.python("-B", "-c", code, ROOT, cwd=tmp_path)
     assert "umPy" not in done.stderr and "Warning" not in done.stderr
     given, got = (c.load_checkpoint(tmp_path / name) for name in ("in", "out"))
     assert given["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape[0] % 128
@@ -449,7 +440,7 @@ def report_of(source: Path, *more: str, status: int = 0) -> dict:
     """Run with --report; return the report."""
     path = source.parent / "report.json"
     assert cli(c.arguments(source, "--report", str(path), *more)) == status
-    return json.loads(path.read_text())
+    return c.read_json(path)
 
 
 def test_the_report_holds_what_was_done(tmp_path):
@@ -488,7 +479,7 @@ def test_a_report_goes_into_devices_pipes_and_links(source, tmp_path):
         (tmp_path / name).symlink_to(f"there/{name}.json")
         main(source, tmp_path / "out", report=tmp_path / name)
         assert (tmp_path / name).is_symlink()
-        assert json.loads((tmp_path / f"there/{name}.json").read_text())["status"] == "complete"
+        assert c.read_json(tmp_path / f"there/{name}.json")["status"] == "complete"
     os.mkfifo(tmp_path / "pipe")
     with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE) as reader:
         main(source, tmp_path / "out", report=tmp_path / "pipe")
@@ -523,5 +514,5 @@ def test_a_report_in_the_input_or_under_a_planned_name_is_wrong_usage(source, tm
 def test_a_report_that_cannot_be_opened_ends_the_run_before_anything_is_written(source, capsys):
     folder = source.parent / "folder"
     folder.mkdir()
-    assert fails(capsys, source, "--report", str(folder)) == f"error: {folder}: Is a directory"
+    assert c.fails(capsys, source, "--report", str(folder)) == f"error: {folder}: Is a directory"
     assert not (source.parent / "out").exists()

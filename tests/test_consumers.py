@@ -14,10 +14,7 @@ rounded once to BF16 there as here, so the two agree to the last bit; with F32 s
 float32 product.
 """
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -145,7 +142,7 @@ def test_converted_model_loads_and_computes_the_same_logits(tmp_path, name, scal
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=BF16)
     model.save_pretrained(tmp_path / "in", max_shard_size="300KB")
-    config = json.loads((tmp_path / "in/config.json").read_text())
+    config = c.read_json(tmp_path / "in/config.json")
     expected = load_checkpoint(tmp_path / "in")
     expected |= quantize_saved(tmp_path / "in", scale_dtype=scale_dtype)
     write_checkpoint(tmp_path / "expected", {SHARD: expected}, config, index=False)
@@ -305,9 +302,7 @@ def test_llama_cpp_converts_the_output(tmp_path):
     script = Path(os.environ["LLAMA_CPP"], "convert_hf_to_gguf.py")
     for folder in ("out", "in"):
         path = tmp_path / f"{folder}.gguf"
-        command = [script, tmp_path / folder, "--outfile", path, "--outtype", "bf16"]
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        c.python(script, tmp_path / folder, "--outfile", path, "--outtype", "bf16")
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
         assert tensors.keys() == expected.keys()
         for name, tensor in tensors.items():
@@ -405,7 +400,7 @@ def test_transformers_dequantizes_deepseek_v4_to_the_same_bits(tmp_path):
     given = {}
     for name, tensor in load_checkpoint(tmp_path / "master").items():
         given |= quantize(name, tensor) or {name: tensor}
-    saved = json.loads((tmp_path / "master/config.json").read_text()) | {"expert_dtype": "fp4"}
+    saved = c.read_json(tmp_path / "master/config.json") | {"expert_dtype": "fp4"}
     saved["quantization_config"] = {
         **FP8_CONFIG, "scale_fmt": "ue8m0", "activation_scheme": "dynamic"}
     write_checkpoint(tmp_path / "in", {SHARD: given}, saved, index=False)

@@ -24,13 +24,6 @@ SHARDS = [DRAFT, ONE, TWO, EXTRA]  # Of write_independent, in the order in which
 PLANNING = "has to be read to plan a conversion, and an emptied shard lacks it"
 
 
-@pytest.fixture
-def independent(tmp_path):
-    """A checkpoint of which two shards need each other and two need none; one is in a folder."""
-    c.write_independent(tmp_path / "in")
-    return tmp_path / "in"
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """An emptied checkpoint, its output, and the whole input."""
@@ -98,13 +91,13 @@ def assert_verified(source: Path, count: int, digested: int, capsys) -> None:
 
 
 def test_an_emptied_shard_is_its_header_and_names_its_takers(source, tmp_path):
-    headers = {name: json.loads(c.header_of(source / name)[8:]) for name in (ONE, TWO)}
+    headers = {name: c.header_of(source / name) for name in (ONE, TWO)}
     (source / ONE).chmod(0o640)
     (tmp_path / "link").symlink_to(source)  # By which the input may be named.
     main(tmp_path / "link", tmp_path / "out", delete_source=True)
     assert (source / ONE).stat().st_mode & 0o777 == 0o640
     for name, header in headers.items():
-        now = json.loads(c.header_of(source / name)[8:])
+        now = c.header_of(source / name)
         takers = json.loads(now["__metadata__"].pop(KEY))["takers"]
         assert now == header
         assert {*takers} == {ONE, TWO}
@@ -166,7 +159,7 @@ def test_what_is_to_be_emptied_and_what_was_is_printed_and_reported(independent,
     space = r"Space: \S+ to write, at most \S+ more than now at any time, \S+ free"
     assert re.search(space, capsys.readouterr().out)
     main(independent, out, delete_source=True, report=report)
-    said, found = capsys.readouterr().out, json.loads(report.read_text())
+    said, found = capsys.readouterr().out, c.read_json(report)
     assert re.search(space, said)
     assert said.endswith(f"4 input shards emptied: {out} is the only copy now\n")
     assert (found["status"], found["emptied_shards"]) == (
@@ -292,7 +285,7 @@ def test_no_emptied_shard_of_another_checkpoint_is_taken_for_this_ones(emptied, 
 @pytest.mark.parametrize("at", [-1, -4000, "bias"])
 def test_a_rotten_byte_of_an_only_copy_is_found_by_verify(emptied, tmp_path, capsys, at):
     path = tmp_path / "out" / ONE
-    c.flip(path, len(c.header_of(path)) if at == "bias" else at)  # `bias` comes first.
+    c.flip(path, len(c.split(path)[0]) if at == "bias" else at)  # `bias` comes first.
     assert cli(c.arguments(emptied, "--verify")) == 1
     *lines, last = capsys.readouterr().err.splitlines()
     for source in (ONE, TWO):
@@ -394,7 +387,7 @@ def test_the_stamps_of_shards_with_one_name_in_two_folders_are_told_apart(tmp_pa
 def test_what_2_0_emptied_is_accepted_with_a_warning_and_verify_ends_with_1(
         source, out, capsys, names, delete_source):
     for name in names:
-        (source / name).write_bytes(c.header_of(source / name))
+        (source / name).write_bytes(c.split(source / name)[0])
         save_file(load_file(out / name), out / name)  # Of an output, any header will do.
     before = c.contents(source), c.contents(out)
     capsys.readouterr()
@@ -412,7 +405,7 @@ def test_what_2_0_emptied_is_accepted_with_a_warning_and_verify_ends_with_1(
 
 @pytest.mark.parametrize("how", ["missing", "cut", "names", "dtypes", "shapes", "fewer"])
 def test_what_2_0_emptied_needs_an_output_of_the_same_tensors(source, out, how):
-    (source / ONE).write_bytes(c.header_of(source / ONE))
+    (source / ONE).write_bytes(c.split(source / ONE)[0])
     c.spoil(out / ONE, how)
     assert_stops(source, f"{out / ONE} (to make it, download {source / ONE})")
 
@@ -434,7 +427,7 @@ GOOD = ["0" * 16, "0" * 64, 1 << 24, {}]
 ], ids=lambda record: json.dumps(record)[:40])
 def test_any_garbage_in_the_record_of_an_emptied_shard_is_an_error_and_loses_nothing(
         emptied, tmp_path, record):
-    header = json.loads(c.header_of(emptied / ONE)[8:])
+    header = c.header_of(emptied / ONE)
     text = record if isinstance(record, str) else json.dumps({"takers": record})
     header["__metadata__"][KEY] = text
     (emptied / ONE).write_bytes(c.shard_of(json.dumps(header).encode()))

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -17,15 +16,12 @@ from fp8_cast_bf16 import cli, main
 @pytest.mark.parametrize("more", ["--every 3", "--every 50 --kills 6 --delete-source"])
 def test_after_a_failing_call_sudden_death_or_a_kill_the_next_run_completes_the_output(
         tmp_path, more):
-    command = [sys.executable, checkpoints.ROOT / "tests/faults.py", tmp_path, *more.split()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    cases = re.findall(r"{'EIO': (\d+), 'ENOSPC': (\d+), 'short': (\d+), 'death': (\d+)}",
-                       done.stdout)
+    said = checkpoints.python("tests/faults.py", tmp_path, *more.split()).stdout
+    cases = re.findall(r"{'EIO': (\d+), 'ENOSPC': (\d+), 'short': (\d+), 'death': (\d+)}", said)
     assert len(cases) == (3 if "source" in more else 2)
     assert min(int(count) for case in cases for count in case) > 0
     assert sum(int(count) for case in cases for count in case) > 50
-    assert re.search(r"[1-9]\d* of \d+ runs killed", done.stdout)
+    assert re.search(r"[1-9]\d* of \d+ runs killed", said)
 
 
 @pytest.mark.parametrize("problem, said", [

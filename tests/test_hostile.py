@@ -7,8 +7,6 @@ and nothing written. FP8_CASES in the environment sets how many cases each prope
 import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -219,9 +217,7 @@ def test_a_config_of_a_gigabyte_is_refused_unread(folder, name):
         f"import resource, sys, fp8_cast_bf16; {c.PEAK}before = peak(); "
         f"resource.setrlimit(resource.RLIMIT_AS, ({limit}, {limit})); "
         f"assert fp8_cast_bf16.cli(sys.argv[1:]) == 1; assert peak() - before < 50_000")
-    command = [sys.executable, "-c", code, *c.arguments(folder / "in")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=c.ROOT)
-    assert done.returncode == 0, done.stderr
+    done = c.python("-c", code, *c.arguments(folder / "in"))
     assert done.stderr.startswith(f"error: {folder / 'in' / name}: has 1000000000 bytes")
     assert not (folder / "out").exists()
 

@@ -1,15 +1,13 @@
 """The arithmetic on the CPU: every code, every kind of scale, every cut, to the last bit."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import checkpoints
 import kernel
-from checkpoints import ROOT, assert_same_bits, dequantized, every_code, finite_codes
+from checkpoints import assert_same_bits, dequantized, every_code, finite_codes
 from kernel import FORMATS, Grid, ceil_div, dequantize, weight_dequant, widen_scales
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -234,5 +232,4 @@ def test_the_cpu_works_without_triton_whatever_device_is_the_default():
                "with torch.device('meta'): grid = kernel.Grid(2, 1, 1, 1, 2); "
                "out = torch.empty(2, 1, dtype=torch.bfloat16, device='cpu'); "
                "kernel.dequantize(codes, scales, out, 'E4M3', grid); print(out.tolist())")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("[[1.0], [1.0]]\n", 0), done.stderr
+    assert checkpoints.python("-c", program).stdout == "[[1.0], [1.0]]\n"

@@ -1,6 +1,5 @@
 """The plan: what every byte of the output will be, and what --dry-run tells of it."""
 
-import json
 import re
 import shutil
 
@@ -34,7 +33,7 @@ def test_shape_of_packed_weights_doubles_in_header_index_and_sizes(tmp_path):
     tensors = {"e.weight": codes, "e.scale": checkpoints.exponents(10, 2, dtype=checkpoints.E8M0)}
     got = checkpoints.convert(tmp_path, {SHARD: tensors}, config=CONFIG)
     assert got["e.weight"].shape == (10, 64)
-    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    index = checkpoints.read_json(tmp_path / "out" / INDEX)
     assert index["metadata"]["total_size"] == 10 * 64 * 2
 
 
@@ -48,7 +47,7 @@ def test_a_shard_that_holds_only_scales_is_not_written(tmp_path):
     shards = {ONE: {"w": checkpoints.finite_codes(4, 4)}, TWO: {"w_scale_inv": torch.ones(1)}}
     checkpoints.convert(tmp_path, shards)
     assert not (tmp_path / "out" / TWO).exists()
-    assert json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"] == {"w": ONE}
+    assert checkpoints.read_json(tmp_path / "out" / INDEX)["weight_map"] == {"w": ONE}
 
 
 COMFYUI = {"_quantization_metadata": '{"layers": {"l": {"format": "float8_e4m3fn"}}}'}
@@ -109,7 +108,7 @@ def test_the_plan_of_deepseek_v3_has_the_known_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: checkpoints.Usage(2**44, 0, 2**44))
     make_layout(tmp_path / "in", list(deepseek_v3_tensors()), 163)
     main(tmp_path / "in", tmp_path / "out", dry_run=True, report=tmp_path / "report.json")
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = checkpoints.read_json(tmp_path / "report.json")
     assert (report["input"]["shards"], report["input"]["tensors"]) == (163, 46_183 + 45_808)
     assert (report["output"]["shards"], report["output"]["tensors"]) == (163, 46_183)
     assert report["dequantized"] == {"E4M3, F32 scale per 128x128 block": 45_808}

@@ -3,7 +3,6 @@
 The weights are quantized here from normal random values as the tools do it, and then mislabeled.
 """
 
-import json
 import re
 
 import pytest
@@ -60,7 +59,7 @@ def warnings(tmp_path, capsys, tensors, config=None, **options):
     capsys.readouterr()
     main(tmp_path / "in", tmp_path / "out", report=tmp_path / "report.json", **options)
     lines = capsys.readouterr().err.splitlines()
-    told = json.loads((tmp_path / "report.json").read_text())["implausible"]
+    told = c.read_json(tmp_path / "report.json")["implausible"]
     told = [f"Warning: {text}" for text in told]
     others = ("skipping conversion", "has no config.json", "NaN or infinite values")
     assert [line for line in lines if line.startswith("Warning: ")
@@ -198,5 +197,5 @@ def test_nan_is_announced_as_implausible_and_by_the_name_of_its_tensor(tmp_path,
     (line,) = warnings(tmp_path, capsys, tensors, CONFIG)
     assert "l.q_proj.weight" in line
     assert "nan" in line.lower()
-    told = json.loads((tmp_path / "report.json").read_text())["nonfinite"]
+    told = c.read_json(tmp_path / "report.json")["nonfinite"]
     assert told == ["l.q_proj.weight"]

@@ -4,7 +4,6 @@ Ranks share nothing but the output folder. What torchrun does is tested with tor
 when they meet in a folder, with processes that have its variables.
 """
 
-import json
 import re
 import shutil
 import socket
@@ -15,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints as c
 from agent import SCRIPT, Job, rank, torchrun
-from checkpoints import CONFIG, INDEX, SHARD, contents, finite_codes, one_weight, write_checkpoint
-from checkpoints import arguments as folders_of
+from checkpoints import CONFIG, INDEX, SHARD, contents
 from fp8_cast_bf16 import cli, main
 
 RANKS = "fp8_cast_bf16.ranks"
@@ -32,9 +31,9 @@ def made(tmp_path_factory):
     """
     folder, shards = tmp_path_factory.mktemp("made"), {}
     for seed, name in enumerate([A, B, C]):
-        shards[name] = {f"{seed}.weight": finite_codes(260, 200, seed=seed),
+        shards[name] = {f"{seed}.weight": c.finite_codes(260, 200, seed=seed),
                         f"{seed}.weight_scale_inv": torch.full((3, 2), 0.001)}
-    write_checkpoint(folder / "in", shards, CONFIG)
+    c.write_checkpoint(folder / "in", shards, CONFIG)
     (folder / "in/tokenizer.json").write_text("{}")
     main(folder / "in", folder / "expected")
     [killed] = run(folder, only=[0], disturb="each_window(lambda number: number == 20 and die())")
@@ -50,7 +49,7 @@ def folder(tmp_path, made):
 
 def arguments(folder: Path) -> list[str]:
     report = f"{folder}/report.json"
-    return folders_of(folder / "in", "--device", "cpu", "--workers", "2", "--report", report)
+    return c.arguments(folder / "in", "--device", "cpu", "--workers", "2", "--report", report)
 
 
 def start(folder: Path, *options: str, count: int = 2, only=None, disturb: str = "") -> list[Job]:
@@ -101,7 +100,7 @@ def reports(folder: Path) -> list[dict]:
     paths = sorted(folder.glob("report*"), key=lambda path: path.stem[6:])
     assert [path.name for path in paths] == [
         f"report{f'.rank{number}' * bool(number)}.json" for number in range(len(paths))]
-    return [json.loads(path.read_text()) for path in paths]
+    return [c.read_json(path) for path in paths]
 
 
 # --- what torchrun does ---
@@ -190,7 +189,7 @@ def test_any_number_of_ranks_makes_the_same_bytes_and_a_second_run_nothing(folde
 
 
 def test_ranks_make_and_verify_the_folders_of_a_checkpoint_as_one_process_does(folder):
-    write_checkpoint(folder / "in/draft", {SHARD: one_weight()[0]}, CONFIG, index=False)
+    c.write_checkpoint(folder / "in/draft", {SHARD: c.one_weight()[0]}, CONFIG, index=False)
     shutil.rmtree(folder / "expected")
     main(folder / "in", folder / "expected")
     assert_done(folder, *run(folder))
@@ -262,12 +261,11 @@ def test_what_is_in_the_way_ends_the_job_before_anything_is_written(folder):
 def test_a_rank_with_another_plan_is_refused_with_both_digests(folder, other):
     shutil.copytree(folder / "in", folder / "other/in")
     for path in [*folder.glob("other/in/model*")]:
-        data = path.read_bytes()
         if other == "values" and path.suffix == ".safetensors":
-            start = 8 + int.from_bytes(data[:8], "little")
-            path.write_bytes(data[:start] + bytes(byte ^ 1 for byte in data[start:]))
+            header, data = c.split(path)
+            path.write_bytes(header + bytes(byte ^ 1 for byte in data))
         elif other == "names":
-            path.write_bytes(data.replace(b"1.weight", b"9.weight"))
+            path.write_bytes(path.read_bytes().replace(b"1.weight", b"9.weight"))
     disturb = f"hurry(); arguments[1] = rank * {str(folder / 'other/in')!r} or arguments[1]"
     zero, one = run(folder, disturb=disturb)
     found = re.search(r"rank 1 has the plan ([0-9a-f]{16}), rank 0 has ([0-9a-f]{16})", one.err)
@@ -343,9 +341,9 @@ def test_each_rank_tells_the_differences_of_its_share_and_rank_0_the_rest(folder
 def test_each_rank_tells_the_nan_of_its_share_and_what_all_know_is_told_once(tmp_path):
     nan = torch.full((4, 4), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
     shards = {shard: {f"{name}.weight": nan, f"{name}.weight_scale_inv": torch.ones(1, 1),
-                      f"bare.{name}.weight": finite_codes(4, 4)}
+                      f"bare.{name}.weight": c.finite_codes(4, 4)}
               for shard, name in ((A, "a"), (B, "b"), (C, "c"))}
-    write_checkpoint(tmp_path / "in", shards, CONFIG)
+    c.write_checkpoint(tmp_path / "in", shards, CONFIG)
     jobs = run(tmp_path)
     found = [["a.weight", "c.weight"], ["b.weight"]]
     assert [report["nonfinite"] for report in reports(tmp_path)] == found
@@ -360,6 +358,6 @@ def test_the_reports_of_all_ranks_may_lie_in_the_output(folder):
     disturb = f"rank or await_files({str(folder)!r}, 'out/report.rank1.json')"
     jobs = run(folder, "--report", f"{folder}/out/report.json", disturb=disturb)
     for path in folder.glob("out/report*"):
-        assert json.loads(path.read_text())["status"] == "complete"
+        assert c.read_json(path)["status"] == "complete"
         path.unlink()
     assert_done(folder, *jobs)

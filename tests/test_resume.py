@@ -2,12 +2,9 @@
 what becomes of a run whose input changes under it.
 """
 
-import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,17 +13,10 @@ from safetensors.torch import save_file
 
 import checkpoints as c
 import fp8_cast_bf16
-from checkpoints import CONFIG, EXTRA, INDEX, KEY, ONE, ROOT, SHARD, TWO
+from checkpoints import CONFIG, EXTRA, INDEX, KEY, ONE, SHARD, TWO
 from fp8_cast_bf16 import CheckpointError, cli, main
 
 LEFTOVERS = [f"{name}.{'0' * 16}.{'1' * 8}.tmp" for name in (ONE, INDEX, "config.json")]
-
-
-@pytest.fixture
-def independent(tmp_path):
-    """Two shards that need each other, one that needs none, and one in a folder of its own."""
-    c.write_independent(tmp_path / "in")
-    return tmp_path / "in"
 
 
 # --- what is kept ---
@@ -46,10 +36,10 @@ def test_what_is_missing_is_made_and_the_rest_kept(independent, tmp_path, capsys
             (folder / name).write_text("half")
     shards = [path for path in out.rglob("*.safetensors") if path.exists()]
     main(independent, out, dry_run=True, report=tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text())["status"] == "planned"
+    assert c.read_json(tmp_path / "r.json")["status"] == "planned"
     capsys.readouterr()
     main(independent, out, report=tmp_path / "r.json")
-    report = json.loads((tmp_path / "r.json").read_text())
+    report = c.read_json(tmp_path / "r.json")
     assert report["status"] == "complete"
     assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", report["date"])
     assert c.contents(out) == expected
@@ -90,9 +80,7 @@ def test_a_version_with_more_families_takes_the_shards_of_an_earlier_one(source,
             "f.VERSION = '99'\n"
             "f.FORMATS[:] = [row._replace(title=row.title + ', Newcomer') for row in f.FORMATS]\n"
             "sys.exit(f.cli(sys.argv[1:]))")
-    done = subprocess.run([sys.executable, "-c", code, *c.arguments(source)], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout.endswith(c.NOTHING)) == (0, True), done.stderr
+    assert c.python("-c", code, *c.arguments(source)).stdout.endswith(c.NOTHING)
 
 
 def test_another_checkpoint_with_the_same_headers_never_replaces_an_output(
@@ -125,8 +113,8 @@ def test_a_tensor_that_was_retrained_makes_the_shard_another_one(
     given = {ONE: LARGE, TWO: {"x": torch.ones(3)}}
     source = c.write_checkpoint(tmp_path / "in", given, CONFIG)
     main(source, tmp_path / "out")
-    header = c.header_of(source / ONE)
-    begin, end = (len(header) + at for at in json.loads(header[8:])[name]["data_offsets"])
+    length, offsets = len(c.split(source / ONE)[0]), c.header_of(source / ONE)[name]["data_offsets"]
+    begin, end = (length + at for at in offsets)
     c.flip(source / ONE, {"first": begin + 3, "last": end - 1}.get(where) or (
         begin + end) // 2 + where)
     assert c.is_kept(source, tmp_path / "out", capsys) != noticed
@@ -204,9 +192,8 @@ def test_an_input_that_changes_ends_the_run_and_what_was_made_of_it_goes(
         last = moment == "the last is named"  # The largest shard is the first, the least the last.
         left = when(patch, "named" if last else moment, SHARD if last else EXTRA,
                     lambda: change(path, kind))
-        assert cli(c.arguments(independent, "--workers", "1")) == 1
+        error = c.fails(capsys, independent, "--workers", "1")
     assert not left
-    error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {path}: has changed while it was read; run the command again")
     found = c.contents(out)
     assert {*found} == made if last else {*found} <= made
@@ -231,6 +218,5 @@ def test_of_two_inputs_that_change_nothing_stays(independent, tmp_path, monkeypa
 def test_an_input_of_scales_that_changes_takes_the_shard_of_their_weight_with_it(
         source, tmp_path, monkeypatch, capsys):
     when(monkeypatch, "named", ONE, lambda: os.utime(source / TWO))
-    assert cli(c.arguments(source, "--workers", "1")) == 1
-    assert f"{source / TWO}: has changed" in capsys.readouterr().err
+    assert f"{source / TWO}: has changed" in c.fails(capsys, source, "--workers", "1")
     assert c.contents(tmp_path / "out") == {}

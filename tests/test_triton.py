@@ -4,15 +4,13 @@ import functools
 import inspect
 import itertools
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from test_kernel import DTYPES, PACKED, any_bits, check_range
 
 import kernel
-from checkpoints import ROOT, assert_same_bits, every_code
+from checkpoints import ROOT, assert_same_bits, every_code, python
 
 triton = pytest.importorskip("triton", reason="the Triton kernel needs triton")
 
@@ -120,9 +118,7 @@ def run_interpreted() -> None:
 
 def test_interpreted_kernel_equals_the_oracle():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", "import test_triton; test_triton.run_interpreted()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", "import test_triton; test_triton.run_interpreted()", env=environment)
     assert done.stdout == f"{len(CASES)} cases\n"
 
 

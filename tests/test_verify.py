@@ -1,6 +1,5 @@
 """--verify: what it accepts, what it finds, and that doing what it says mends an output."""
 
-import json
 import re
 import shutil
 
@@ -117,7 +116,7 @@ def test_order_padding_payloads_of_nan_and_sharding_are_free(source, out, capsys
     nan = tensors["nan.weight"].isnan()
     assert nan.any()
     tensors["nan.weight"].view(torch.int16)[nan] = -0x003F  # 0xFFC1, another NaN
-    metadata = json.loads((out / INDEX).read_text())["metadata"]
+    metadata = c.read_json(out / INDEX)["metadata"]
     for path in out.glob("*.safetensors"):
         path.unlink()
     names = sorted(tensors, reverse=True)
@@ -126,9 +125,8 @@ def test_order_padding_payloads_of_nan_and_sharding_are_free(source, out, capsys
     c.edit_json(out / INDEX, lambda index: index.update(metadata=metadata))
     c.edit_json(out / "config.json", lambda config: config.update(
         dtype=config.pop("torch_dtype"), transformers_version="4.57.1"))
-    header, content = c.header_of(out / "s0.safetensors"), (out / "s0.safetensors").read_bytes()
-    padded = c.shard_of(header[8:] + b" " * 512) + content[len(header) :]
-    (out / "s0.safetensors").write_bytes(padded)
+    header, data = c.split(out / "s0.safetensors")
+    (out / "s0.safetensors").write_bytes(c.shard_of(header[8:] + b" " * 512) + data)
     assert verified(source, capsys) == ([], "Verified 7 tensors: no differences")
 
 
@@ -144,7 +142,7 @@ def test_the_ancestors_output_differs_in_its_config_and_index_only(source, out, 
     """Its script casts, pops the scales and copies the config as it is."""
     theirs = source.parent / "theirs"
     shards = {name: load_file(out / name) for name in (ONE, TWO)}
-    c.write_checkpoint(theirs, shards, json.loads((source / "config.json").read_text()))
+    c.write_checkpoint(theirs, shards, c.read_json(source / "config.json"))
     lines = differences(source, capsys, theirs)
     assert sorted(line.partition(" is ")[0] for line in lines) == [
         "config.json: quantization_config.fmt",
