@@ -316,8 +316,8 @@ def flip(path: Path, at: int) -> None:
 def spoil(path: Path, how: str) -> None:
     """Put something else, or nothing, in the place of a file that a conversion has made."""
     whole = path.read_bytes() if path.exists() else b""
-    spoilt = {"new": b"{}", "cut": whole[:-3], "longer": whole + b"x", "empty": b"",
-              "text": b"mine", "zeros": bytes(len(whole)), "huge header": b"\xff" * 99,
+    spoilt = {"empty": b"", "text": b"mine", "other values": b'{"mine": 1}', "cut": whole[:-3],
+              "longer": whole + b"x", "zeros": bytes(len(whole)), "huge header": b"\xff" * 99,
               "a bit": whole[:-1] + bytes(byte ^ 1 for byte in whole[-1:]),
               "header": whole.replace(b'"pt"', b'"np"'),
               # Python takes this for JSON and safetensors does not.

@@ -188,7 +188,9 @@ def test_a_broken_checkpoint_exits_1_with_one_line_on_stderr(source, capsys):
 @pytest.mark.parametrize("error, said", [
     (OSError(errno.ENOSPC, "No space left on device"), ".tmp: No space left on device"),
     (MemoryError(), "error: out of memory; try --workers 1"),
-    (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), "error: CUDA out of memory.")])
+    (MemoryError("no memory"), "error: out of memory: no memory; try --workers 1"),
+    (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), "error: CUDA out of memory."),
+    (RuntimeError("GPU\nis gone"), "error: GPU")])
 def test_an_error_of_a_worker_exits_1_and_leaves_no_shard(
     source, capsys, monkeypatch, error, said
 ):

@@ -24,20 +24,6 @@ def test_after_a_failing_call_sudden_death_or_a_kill_the_next_run_completes_the_
     assert re.search(r"[1-9]\d* of \d+ runs killed", said)
 
 
-@pytest.mark.parametrize("problem, said", [
-    (RuntimeError("GPU\nis gone"), "GPU"),
-    (MemoryError("no memory"), "out of memory: no memory; try --workers 1"),
-])
-def test_any_exception_in_a_worker_ends_the_run(source, monkeypatch, capsys, problem, said):
-    def fail(number):
-        raise problem
-
-    monkeypatch.setattr(os, "fsync", fail)  # Which workers call at the end of each shard.
-    assert cli(arguments(source)) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == f"error: {said}"
-    assert contents(source.parent / "out") == {}
-
-
 def test_a_config_that_cannot_be_looked_up_is_not_taken_for_absent(source, monkeypatch, capsys):
     """The first look at the name itself fails; those at what it leads to do not count."""
     config, stat, failed = str(source / "config.json"), os.stat, []

@@ -181,7 +181,8 @@ def when(monkeypatch, moment, name, act):
     return left
 
 
-@pytest.mark.parametrize("moment", ["begun", "written", "named", "the last is named"])
+@pytest.mark.parametrize("moment", [
+    "another is named", "begun", "written", "named", "the last is named"])
 @pytest.mark.parametrize("kind", ["rewritten", "replaced", "truncated"])
 def test_an_input_that_changes_ends_the_run_and_what_was_made_of_it_goes(
         independent, tmp_path, monkeypatch, capsys, kind, moment):
@@ -190,8 +191,8 @@ def test_an_input_that_changes_ends_the_run_and_what_was_made_of_it_goes(
     with monkeypatch.context() as patch:
         patch.setattr(fp8_cast_bf16, "WINDOW", 4096)
         last = moment == "the last is named"  # The largest shard is the first, the least the last.
-        left = when(patch, "named" if last else moment, SHARD if last else EXTRA,
-                    lambda: change(path, kind))
+        name = ONE if moment == "another is named" else SHARD if last else EXTRA
+        left = when(patch, moment.split()[-1], name, lambda: change(path, kind))
         error = c.fails(capsys, independent, "--workers", "1")
     assert not left
     assert error.startswith(f"error: {path}: has changed while it was read; run the command again")

@@ -235,7 +235,8 @@ DAMAGES = [(path, how) for path in (ONE, f"draft/{SHARD}")
            for how in ("a bit", "cut", "zeros", "text", "refused", "missing", "fewer")]
 DAMAGES += [(path, how) for path in (INDEX, "config.json", "draft/config.json")
             for how in ("values", "cut", "missing")]
-DAMAGES += [("hf_quant_config.json", "new"), ("draft/quantize_config.json", "new")]
+DAMAGES += [(path, "other values")
+            for path in ("hf_quant_config.json", "draft/quantize_config.json")]
 
 
 @pytest.mark.parametrize("damages", [
