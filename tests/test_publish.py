@@ -245,6 +245,8 @@ def test_what_says_that_all_is_there_goes_first_and_comes_last_and_all_is_synced
         assert {("synced", "."), ("synced", "draft")} <= {*events[last:named]}
         assert ("synced", Path(name).parent.as_posix()) in events[named:claim]
     assert ("synced", "draft") in events[claim : at["named", "config.json"]]
+    for earlier, sign in itertools.pairwise(made[7:]):
+        assert ("synced", ".") in events[at[earlier] : at[sign]]
     assert events[-1] == ("synced", ".")
 
 
