@@ -565,28 +565,41 @@ def arrange(path: Path, how: str, patch) -> Path:
     return source
 
 
-INT8 = (torch.arange(16) - 8).view(4, 4).to(torch.int8)
 FP8 = {"v.weight": (torch.rand(9, 9) / 9).to(torch.float8_e4m3fn)}
+CODES, SCALE = c.finite_codes(50, 60), torch.full((50, 1), 0.001)
+ONE_SCALE = c.at("l", weight=CODES, weight_scale=SCALE)
 INT4 = c.ct_config(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
 INT4["quantization_config"]["format"] = "pack-quantized"
-REFUSALS = [  # A situation, or tensors, a config and an option; and the complaint.
+READ_TO_PLAN = [  # A tensor without whose data a conversion cannot be planned, all, and a config.
+    ("l.comfy_quant", ONE_SCALE | {"l.weight": CODES.view(torch.uint8),
+                                   "l.comfy_quant": c.note(format="float8_e4m3fn")}, CONFIG),
+    ("l.weight_zero_point", ONE_SCALE | {
+        "l.weight": CODES.view(torch.int8),
+        "l.weight_zero_point": torch.zeros(50, dtype=torch.int8)}, c.method("w8a8_int8")),
+    ("l.weight_g_idx", ONE_SCALE | {"l.weight_scale": torch.full((50, 2), 0.001),
+                                    "l.weight_g_idx": (torch.arange(60) // 30).int()},
+     c.ct_config(strategy="group", group_size=30)),
+    ("l.weight_shape", c.at("l", weight_packed=c.int4(30, 64)[0],
+                            weight_scale=torch.full((30, 2), 0.01),
+                            weight_shape=torch.tensor([30, 64])), INT4),
+    ("a.q_zero_point", ONE_SCALE | {f"a.{kind}_scale": torch.ones(1) for kind in "qkv"} | {
+        "a.q_zero_point": torch.zeros(1, dtype=torch.int8)}, CONFIG),
+    # ComfyUI's dummy scale of a weight that is plain
+    ("b.scale_weight", c.at("l", weight=CODES, scale_weight=SCALE[0]) | c.at(
+        "b", weight=torch.rand(4, 4).bfloat16(), scale_weight=torch.ones(())), None),
+]
+TWICE = ONE_SCALE | {"l.input_scale": torch.ones(()), "a.k_scale": torch.ones(())}
+REFUSALS = [  # A situation, or tensors (or shards), a config and an option; and the complaint.
     ((c.one_weight()[0] | {"w.weight_scale_inv": torch.full((2, 1), 9.0)}, CONFIG),
      "root mean square of"),
     *(((c.one_weight()[0] | FP8, CONFIG, *more), "v.weight is FP8 and has no scale")
       for more in ([], [("missing_scale", "cast")])),
     ((c.one_weight()[0] | {"v.weight_scale_inv": torch.ones(1, 1)}, CONFIG),
      "v.weight_scale_inv is a scale of no weight"),
-    (({"l.weight": c.packed(9, 8) % 120, "l.weight_scale": torch.full((1,), 0.001),
-       "l.comfy_quant": c.note(format="float8_e4m3fn")}, CONFIG), f"l.comfy_quant {PLANNING}"),
-    (({"w.weight": INT8, "w.weight_scale": torch.full((4, 1), 0.001),
-       "w.weight_zero_point": torch.zeros(4, dtype=torch.int8)}, c.method("w8a8_int8")),
-     f"w.weight_zero_point {PLANNING}"),
-    (({"w.weight": c.finite_codes(5, 8), "w.weight_scale": torch.full((5, 2), 0.001),
-       "w.weight_g_idx": torch.tensor([0] * 4 + [1] * 4)},
-      c.ct_config(strategy="group", group_size=4)), f"w.weight_g_idx {PLANNING}"),
-    (({"m.weight_packed": c.packed(30, 32).view(torch.int32),
-       "m.weight_scale": torch.full((30, 2), 0.01), "m.weight_shape": torch.tensor([30, 64])},
-      INT4), f"m.weight_shape {PLANNING}"),
+    *(((tensors, config), f"{name} {PLANNING}") for name, tensors, config in READ_TO_PLAN),
+    *((({ONE: TWICE, TWO: {"x": torch.ones(3), name: TWICE[name]}}, CONFIG),
+       f"{name} stands in two shards")
+      for name in ("l.weight_scale", "l.input_scale", "a.k_scale")),
     ("a link", f"{TWO} is a link or has a second name"),
     ("a second name", f"{ONE} is a link or has a second name"),
     ("in a linked folder", f"{DRAFT} is a link or has a second name"),
@@ -605,7 +618,8 @@ def test_a_refusal_empties_nothing_and_writes_nothing(tmp_path, monkeypatch, mad
     if isinstance(made, str):
         source = arrange(tmp_path, made, monkeypatch)
     else:
-        source = c.write_checkpoint(tmp_path / "in", {SHARD: made[0]}, made[1])
+        shards = made[0] if ONE in made[0] else {SHARD: made[0]}
+        source = c.write_checkpoint(tmp_path / "in", shards, made[1], index=False)
         options = dict(made[2:])
     there = out.exists()
     if dry_run and made == "no locks":  # It needs none.

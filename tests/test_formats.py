@@ -456,44 +456,6 @@ def test_gpu_and_cpu_write_the_same_bytes(tmp_path, monkeypatch, window):
         assert c.contents(source.parent / "cuda") == c.contents(source.parent / "cpu")
 
 
-# --- what has to be read to plan, and so cannot be planned again once it is gone ---
-
-
-def read_to_plan():
-    """Yield the tensor that is read, the shards, and a config."""
-    scale, codes, zeros = rand(50, 1) / 1000, finite_codes(50, 60), torch.zeros(50).to(I8)
-    fp8 = at("l", weight=codes, weight_scale=scale)
-    yield "l.weight_shape", at("l", weight_packed=c.int4(30, 64)[0], weight_scale=rand(30, 2) / 10,
-                               weight_shape=torch.tensor([30, 64])), int4_config()
-    yield "l.comfy_quant", {**fp8, "l.weight": codes.view(U8),
-                            "l.comfy_quant": c.note(format="float8_e4m3fn")}, None
-    yield "l.weight_zero_point", {**fp8, "l.weight": codes.view(I8),
-                                  "l.weight_zero_point": zeros}, method("w8a8_int8")
-    yield "l.weight_g_idx", {**fp8, "l.weight_scale": rand(50, 2) / 1000, "l.weight_g_idx":
-                             (torch.arange(60) // 30).int()}, c.ct_config(group_size=30)
-    attention = {f"a.{kind}_scale": rand(1) for kind in "qkv"}
-    yield "a.q_zero_point", {**fp8, **attention, "a.q_zero_point": zeros[:1]}, None
-    # ComfyUI's dummy scale of a weight that is plain
-    yield "b.scale_weight", {**at("l", weight=codes, scale_weight=scale[0]), **at(
-        "b", weight=rand(4, 4, dtype=BF16), scale_weight=torch.ones(()))}, None
-    for name in ("l.weight_scale", "l.input_scale", "a.k_scale"):  # the same in two shards
-        one = {"norm": rand(3), "l.input_scale": rand(), "a.k_scale": rand(), **fp8}
-        yield name, {"a.safetensors": one, "b.safetensors": {"x": rand(3), name: one[name]}}, None
-
-
-@pytest.mark.parametrize("dry_run", [False, True])
-@pytest.mark.parametrize("name, tensors, config", [*read_to_plan()])
-def test_what_is_read_to_plan_is_refused_by_delete_source(tmp_path, name, tensors, config, dry_run):
-    shards = tensors if "a.safetensors" in tensors else {c.SHARD: tensors}
-    shards = {shard: c.fresh(tensors) for shard, tensors in shards.items()}
-    source = c.write_checkpoint(tmp_path / "in", shards, config, index=False)
-    before = c.contents(source)
-    message = c.assert_folder_refused(source, delete_source=True, dry_run=dry_run)
-    assert re.search(rf"{re.escape(name)} (has to be read|stands in two shards)", message)
-    assert c.contents(source) == before
-    main(source, tmp_path / "out")
-
-
 # --- weights, and the grids of their scales ---
 
 GRIDS = {  # By the shape of codes and that of their scales: rows and columns that share a scale.
