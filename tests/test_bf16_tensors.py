@@ -17,13 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, DeepseekV3Config, DeepseekV3ForCausalLM
 
 import checkpoints
 import fp8_cast_bf16
-from checkpoints import CONFIG, INDEX, ONE, ROOT, SHARD, TWO, assert_same_bits, write_checkpoint
+from checkpoints import CONFIG, ONE, ROOT, SHARD, TWO, assert_same_bits, write_checkpoint
 from fp8_cast_bf16 import CheckpointError, UsageError, bf16_tensors, main
-from make_checkpoint import quantize_per_block
 
 # The codes of these tests are random, and so larger than weights are.
 pytestmark = pytest.mark.filterwarnings("ignore:.*root mean square")
@@ -87,40 +85,6 @@ def test_any_window_and_number_of_workers_gives_the_tensors_of_the_files(
         source, monkeypatch, window, workers):
     monkeypatch.setattr(fp8_cast_bf16, "WINDOW", window)
     assert_yields_its_output(source, workers=workers)
-
-
-def test_copied_tensors_of_every_dtype_and_shape(tmp_path, tiny):
-    names = ["uint64", "int64", "float64", "complex64", "float32", "uint32", "int32", "bfloat16",
-             "float16", "uint16", "int16", "int8", "uint8", "bool"]
-    tensors = {"": torch.ones(3)}  # A name may be empty.
-    for name in names:
-        dtype = getattr(torch, name)
-        for kind, shape in enumerate([(5003,), (1, 5003, 1), (0, 4), ()]):
-            size = torch.Size(shape).numel() * dtype.itemsize
-            raw = (torch.arange(size, dtype=torch.int32) % 2).to(torch.uint8)
-            tensors[f"{name}.{kind}"] = raw.view(dtype).view(shape)
-    assert_yields_its_output(write_checkpoint(tmp_path / "in", {SHARD: tensors}), workers=2)
-
-
-@pytest.mark.parametrize("dtype", checkpoints.BITS)
-def test_what_the_conversion_would_keep_in_a_dtype_is_yielded_in_it(tmp_path, dtype):
-    checkpoints.write_raw(tmp_path / "in" / SHARD, {"t": (dtype, [8])})
-    try:
-        main(tmp_path / "in", tmp_path / "out")
-    except CheckpointError as error:
-        assert f"t ({dtype}) looks quantized" in str(error)
-        assert not (tmp_path / "out").exists()
-        return
-    [(name, tensor)] = bf16_tensors(tmp_path / "in", missing_scale="keep")
-    assert (name, tensor.shape, tensor.nbytes) == ("t", (8,), checkpoints.BITS[dtype])
-
-
-def test_two_codes_in_a_byte_are_as_many_elements(tmp_path, tiny):
-    codes, scale = checkpoints.packed(70, 64), torch.full((70, 4), 125, dtype=torch.uint8)
-    source = write_checkpoint(tmp_path / "in", {}, CONFIG, index=False)
-    checkpoints.write_raw(source / SHARD, {
-        "e.weight": ("F4", [70, 128], codes), "e.scale": ("F8_E8M0", [70, 4], scale)})
-    assert_yields_its_output(source, workers=2)  # test_formats.py has its values.
 
 
 def test_thousands_of_tiny_tensors(tmp_path, tiny):
@@ -426,7 +390,7 @@ def test_a_pipeline_is_refused_with_the_folder_of_a_part(tmp_path, names):
         next(bf16_tensors(tmp_path / "in", names=names))
 
 
-# --- devices, and a framework ---
+# --- devices ---
 
 
 @pytest.mark.gpu
@@ -456,35 +420,3 @@ def test_a_tensor_may_be_dropped_while_a_gpu_still_reads_it(tmp_path, side):
     torch.cuda.synchronize()
     for name, tensor in copies.items():
         assert_same_bits(tensor.cpu(), tensors[name])
-
-
-def small_deepseek(folder):
-    """Write a small DeepSeek-V3 with FP8 weights, in as many shards as it takes."""
-    torch.manual_seed(0)
-    config = DeepseekV3Config(
-        vocab_size=300, hidden_size=160, intermediate_size=200, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, moe_intermediate_size=144, q_lora_rank=96,
-        n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1,
-        kv_lora_rank=140, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
-    DeepseekV3ForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="1MB")
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        for name in [name for name in tensors if name.endswith("_proj.weight")]:
-            tensors[name], tensors[f"{name}_scale_inv"] = quantize_per_block(tensors[name].float())
-        save_file(tensors, path, metadata={"format": "pt"})
-    (folder / INDEX).unlink()  # It names no scales.
-    checkpoints.edit_json(folder / "config.json", lambda value: value.update(CONFIG))
-
-
-def test_transformers_fills_a_deepseek_v3_with_the_weights_of_the_converted_one(tmp_path):
-    source, out = tmp_path / "in", tmp_path / "out"
-    small_deepseek(source)
-    main(source, out)
-    config = AutoConfig.from_pretrained(source)
-    del config.quantization_config
-    model = DeepseekV3ForCausalLM.from_pretrained(
-        None, config=config, dtype="bfloat16", state_dict=dict(bf16_tensors(source)))
-    converted, info = DeepseekV3ForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(info.values()), info
-    assert len([*out.glob("*.safetensors")]) > 1
-    checkpoints.assert_same_tensors(model.state_dict(), converted.state_dict())

@@ -102,6 +102,8 @@ ACCEPTED = [
       for value in (None, 0, False, "", {})],
     *[beside(f"bytes under {config}", {"l.weight": BYTES, "down_proj": INTEGERS}, {}, config)
       for config in (None, c.CONFIG)],
+    yes("scales of no quantized weight", {**PLAIN, **at("b", weight_scale_inv=rand(1, 1)),
+                                          "gone_scale_inv": rand(1)}, PLAIN),
     yes("bytes alone", *[{"l.weight": BYTES, "down_proj": INTEGERS, "mask": ONES.bool()}] * 2),
     *[beside(f"tables under {config}", TABLES, {}, config)
       for config in (None, c.CONFIG, method("modelopt"))],

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import checkpoints as c
 from checkpoints import FP8_CONFIG, SHARD, load_checkpoint, rand, write_checkpoint
-from fp8_cast_bf16 import main
+from fp8_cast_bf16 import bf16_tensors, main
 from make_checkpoint import quantize_per_block
 
 SMALL = {
@@ -138,7 +138,8 @@ def assert_same_logits(model, reference) -> None:
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_converted_model_loads_and_computes_the_same_logits(tmp_path, name, scale_dtype):
+def test_converted_model_loads_with_the_same_logits_and_is_the_one_filled_from_memory(
+        tmp_path, name, scale_dtype):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name], dtype=BF16)
     model.save_pretrained(tmp_path / "in", max_shard_size="300KB")
@@ -151,6 +152,11 @@ def test_converted_model_loads_and_computes_the_same_logits(tmp_path, name, scal
     converted = load(tmp_path / "out")
     assert converted.dtype == BF16
     assert_same_logits(converted, load(tmp_path / "expected"))
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "in")
+    del config.quantization_config
+    filled = type(converted).from_pretrained(
+        None, config=config, dtype="bfloat16", state_dict=dict(bf16_tensors(tmp_path / "in")))
+    c.assert_same_tensors(filled.state_dict(), converted.state_dict())
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])

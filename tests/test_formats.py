@@ -578,9 +578,10 @@ def test_scales_that_fit_no_grid_or_two_are_refused(tmp_path, tensors, config, w
     c.assert_refused(tmp_path, c.fresh(tensors), *words, config=config)
 
 
-def test_f4_dtype_counts_elements_not_bytes_and_its_width_is_even(tmp_path):
-    codes, scale = packed(10, 32), exponents(10, 2)
-    fine = {"e.weight": ("F4", [10, 64], codes), "e.scale": ("F8_E8M0", [10, 2], scale)}
+def test_f4_dtype_counts_elements_not_bytes_and_its_width_is_even(tmp_path, monkeypatch):
+    monkeypatch.setattr("fp8_cast_bf16.WINDOW", 4096)
+    codes, scale = packed(70, 64), exponents(70, 4)
+    fine = {"e.weight": ("F4", [70, 128], codes), "e.scale": ("F8_E8M0", [70, 4], scale)}
     odd = {"e.weight": ("F4", [2, 3], packed(3, 1)), "e.scale": ("F8_E8M0", [2, 1], exponents(2))}
     c.write_json(tmp_path / "in/config.json", c.CONFIG)
     c.write_raw(tmp_path / "in" / c.SHARD, odd)
@@ -588,11 +589,19 @@ def test_f4_dtype_counts_elements_not_bytes_and_its_width_is_even(tmp_path):
     c.write_raw(tmp_path / "in" / c.SHARD, fine)
     main(tmp_path / "in", tmp_path / "out")
     c.assert_holds(tmp_path / "out" / c.SHARD, {"e.weight": c.fp4(codes, powers(scale), 32)})
+    c.assert_yields(tmp_path / "in", tmp_path / "out", workers=2)
 
 
-@pytest.mark.parametrize("dtype", ["F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"])
-def test_floats_that_no_format_uses_are_refused(tmp_path, dtype):
-    c.write_raw(tmp_path / "in" / c.SHARD, {"w": (dtype, [4])})
-    message = c.assert_folder_refused(tmp_path / "in", f"{tmp_path / 'in' / c.SHARD}: ")
-    # An older safetensors does not know the dtype and refuses the file itself.
-    assert re.search(rf"w \({dtype}|not a whole safetensors file", message)
+@pytest.mark.parametrize("dtype", c.BITS)
+def test_a_lone_tensor_is_kept_and_yielded_in_its_dtype_or_refused_for_it(tmp_path, dtype):
+    c.write_raw(tmp_path / "in" / c.SHARD, {"t": (dtype, [8])})
+    if dtype in ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"):
+        message = c.assert_folder_refused(tmp_path / "in", f"{tmp_path / 'in' / c.SHARD}: ")
+        # An older safetensors does not know the dtype and refuses the file itself.
+        assert re.search(rf"t \({dtype}\) looks quantized|not a whole safetensors file", message)
+    else:
+        main(tmp_path / "in", tmp_path / "out")
+        c.assert_yields(tmp_path / "in", tmp_path / "out", missing_scale="keep")
+        [(_, entry)] = [item for item in c.header_of(tmp_path / "out" / c.SHARD).items()
+                        if item[0] != "__metadata__"]
+        assert entry == {"dtype": dtype, "shape": [8], "data_offsets": [0, c.BITS[dtype]]}

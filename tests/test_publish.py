@@ -81,12 +81,15 @@ def test_several_shards_have_an_index_of_their_name_with_the_exact_size(
     assert text.startswith('{\n  "metadata": {\n    "') or not given_index
 
 
-def test_a_numbered_shard_that_is_left_alone_gets_an_index(tmp_path):
-    """transformers finds a file of this name through an index only."""
+@pytest.mark.parametrize("given_index", [True, False])
+def test_a_shard_of_scales_only_is_not_written_and_the_one_that_is_left_has_an_index(
+        tmp_path, given_index):
+    """transformers finds a file of a name with numbers through an index only."""
     given, expected = c.one_weight()
     shards = {TWO: {"w.weight_scale_inv": given.pop("w.weight_scale_inv")}, ONE: given}
-    main(c.write_checkpoint(tmp_path / "in", shards, CONFIG, False), tmp_path / "out")
+    main(c.write_checkpoint(tmp_path / "in", shards, CONFIG, given_index), tmp_path / "out")
     c.assert_holds(tmp_path / "out" / ONE, expected)
+    assert {*c.contents(tmp_path / "out")} == {ONE, INDEX, "config.json"}
     index = c.read_json(tmp_path / "out" / INDEX)
     assert index["weight_map"] == dict.fromkeys(sorted(expected), ONE)
 
