@@ -45,9 +45,8 @@ import checkpoints
 import fp8_cast_bf16
 from checkpoints import CONFIG, INDEX, ONE, TWO
 
-NUMBERED = "fsync fdatasync ftruncate pwrite pwritev pread preadv".split()
 HOLDING = "open mkdir truncate ftruncate write pwrite pwritev fsync replace rename".split()
-ACTING = {*NUMBERED, *HOLDING, *"read readside unlink remove rmdir link".split()}
+ACTING = {*HOLDING, *"read readside pread preadv fdatasync unlink remove rmdir link".split()}
 LOOKING = "stat lstat scandir listdir posix_fadvise flock".split()  # May fail without harm.
 LOG = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 KINDS = {  # The calls that they happen to.

@@ -224,7 +224,8 @@ def test_of_an_emptied_shard_nothing_is_yielded_but_what_does_not_need_it(source
     for name, tensor in bf16_tensors(source, names=["bias", "norm.weight"]):
         assert_same_bits(tensor, expected[name])
     for name, shard in (("table", TWO), ("a.weight", ONE), ("b.weight", TWO)):
-        with pytest.raises(CheckpointError, match=f"{TWO}: has been.* {name} from {shard}"):
+        with pytest.raises(CheckpointError, match=(
+                f"{TWO}: has been emptied by --delete-source.* {name} from {shard}")):
             next(bf16_tensors(source, names=[name]))
 
 

@@ -104,6 +104,9 @@ ACCEPTED = [
       for config in (None, c.CONFIG)],
     yes("scales of no quantized weight", {**PLAIN, **at("b", weight_scale_inv=rand(1, 1)),
                                           "gone_scale_inv": rand(1)}, PLAIN),
+    yes("no elements", {"e": torch.zeros(0, 4), **at("l", weight=finite_codes(0, 8),
+                                                     weight_scale_inv=torch.zeros(0, 1))},
+        {"e": torch.zeros(0, 4), "l.weight": torch.zeros(0, 8).bfloat16()}),
     yes("bytes alone", *[{"l.weight": BYTES, "down_proj": INTEGERS, "mask": ONES.bool()}] * 2),
     *[beside(f"tables under {config}", TABLES, {}, config)
       for config in (None, c.CONFIG, method("modelopt"))],

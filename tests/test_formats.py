@@ -550,8 +550,6 @@ REFUSED = [  # tensors, a config, and what the message says
     *[(at("e", w=finite_codes(3, 140, 200), w_scale_inv=rand(*shape)), None,
        ["e.w is [3, 140, 200]", str([*shape])])
       for shape in ((2, 2), (3, 7, 2), (2, 3, 64, 1), (7,))],
-    *[(at("l", weight=c.every_code(200, 160, I8), weight_scale_inv=SCALES), config,
-       ["l.weight (I8, beside l.weight_scale_inv)"]) for config in (None, c.CONFIG)],
     *[(at("w", weight=finite_codes(5, 8), weight_scale=rand(5, 2), weight_g_idx=torch.tensor(
         order, dtype=dtype)), c.ct_config(strategy="group", group_size=4), ["w.weight_g_idx"])
       for order in ([1, 0] * 4, [0] * 7 + [1]) for dtype in (I32, I64)],

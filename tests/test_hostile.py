@@ -90,7 +90,7 @@ def outcome(folder: Path, capsys, complaint: str = "") -> int:
     for text in (printed.out, printed.err):
         assert all(char.isprintable() or char == "\n" for char in text)
     if status:
-        assert status == 1
+        assert (status, printed.out) == (1, "")
         *warnings, error = printed.err.splitlines()
         assert error.startswith(f"error: {folder / 'in'}"), printed.err
         assert all(line.startswith("Warning: ") for line in warnings)

@@ -8,7 +8,7 @@ import torch
 import checkpoints
 import kernel
 from checkpoints import assert_same_bits, dequantized, every_code, finite_codes
-from kernel import FORMATS, Grid, ceil_div, dequantize, weight_dequant, widen_scales
+from kernel import FORMATS, Grid, ceil_div, dequantize, weight_dequant
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DTYPES = {"E4M3": torch.float8_e4m3fn, "E5M2": torch.float8_e5m2, "INT8": torch.int8}
@@ -69,8 +69,10 @@ def check_range(codes, scales, number_format, grid, cuts, limit=1 << 20, divide=
 
 @pytest.mark.parametrize("dtype", FLOAT8)
 @pytest.mark.parametrize("make", [every_code, finite_codes])
-@pytest.mark.parametrize(
-    "scale", [1.0, 0.3, 1e-38, 1e-45, 1e38, 3e38, 0.0, -0.0, -2.5, torch.inf, torch.nan])
+@pytest.mark.parametrize("scale", [
+    1.0, 0.3, 1e-38, 1e-45, 1e38, 3e38, 0.0, -0.0, -2.5, torch.inf, torch.nan,
+    257.0,  # Of 9 significant bits: many products lie exactly between two BF16 values.
+    2.0**-126])  # Many products are subnormal.
 def test_every_code_times_a_scale_is_the_float32_product_rounded_once(dtype, make, scale):
     codes = make(16, 16, dtype=dtype)
     scales = torch.full((1, 1), scale)
@@ -103,18 +105,6 @@ def test_ragged_edges_take_the_scale_of_the_block_that_they_cut(shape, block):
     codes = finite_codes(*shape)
     scales = torch.rand(ceil_div(shape[0], block[0]), ceil_div(shape[1], block[1]))
     assert_same_bits(weight_dequant(codes, scales, block), dequantized(codes, scales, block))
-
-
-@pytest.mark.parametrize("scale, is_special", [
-    # 4 significant bits times 257, of 9: many products lie exactly between two BF16 values.
-    (257.0, lambda exact: (exact.float().view(torch.int32) & 0xFFFF) == 0x8000),
-    (2.0**-126, lambda exact: (exact != 0) & (exact.abs() < 2.0**-126))], ids=["ties", "tiny"])
-def test_ties_round_to_even_and_subnormal_results_are_not_flushed_to_zero(scale, is_special):
-    codes, scales = every_code(16, 16), torch.full((1, 1), scale)
-    assert is_special(codes.double() * scale).sum() > 20
-    out = weight_dequant(codes, scales)
-    assert_same_bits(out, dequantized(codes, scales))
-    assert scale > 1 or is_special(out).sum() > 100
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
@@ -171,18 +161,6 @@ def test_pieces_are_whole_rows_or_a_part_of_one_and_follow_each_other(limit, blo
         assert at == stop
 
 
-def test_scales_of_every_dtype_are_widened_exactly():
-    raw = torch.arange(256).to(torch.uint8)
-    for dtype in ("F8_E8M0", "U8"):
-        wide = widen_scales(raw, dtype)
-        assert_same_bits(wide[:255].double(), 2.0 ** (torch.arange(255).double() - 127))
-        assert wide[255].isnan()
-    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    for dtype, kind in {**kinds, "F8_E4M3": FLOAT8[0]}.items():
-        expected = raw.view(kind).float().nan_to_num(9e9)
-        assert_same_bits(widen_scales(raw, dtype).nan_to_num(9e9), expected)
-
-
 @pytest.mark.parametrize("negative", [False, True])
 def test_every_nan_becomes_the_one_nan(negative):
     codes = torch.tensor([[0x7F, 0xFF, 0x38]], dtype=torch.uint8)
@@ -224,12 +202,3 @@ def test_an_empty_weight_gives_an_empty_result(rows, cols):
     codes = torch.zeros(rows, cols, dtype=torch.uint8)
     out = weight_dequant(codes, torch.ones(rows // 128, cols // 128))
     assert out.shape == (rows, cols)
-
-
-def test_the_cpu_works_without_triton_whatever_device_is_the_default():
-    program = ("import sys; sys.modules['triton'] = None; import torch, kernel; "
-               "codes, scales = torch.full((2, 1), 0x38, dtype=torch.uint8), torch.ones(2, 1)\n"
-               "with torch.device('meta'): grid = kernel.Grid(2, 1, 1, 1, 2); "
-               "out = torch.empty(2, 1, dtype=torch.bfloat16, device='cpu'); "
-               "kernel.dequantize(codes, scales, out, 'E4M3', grid); print(out.tolist())")
-    assert checkpoints.python("-c", program).stdout == "[[1.0], [1.0]]\n"

@@ -28,23 +28,6 @@ def test_shards_hold_byte_for_byte_what_the_reference_writer_writes(
         checkpoints.assert_laid_out_as(tmp_path / name, tmp_path / "out" / name)
 
 
-def test_empty_tensors_are_kept(tmp_path):
-    tensors = {"e": torch.zeros(0, 4), "z": torch.ones(2),
-               "w": checkpoints.finite_codes(0, 8), "w_scale_inv": torch.zeros(0, 1)}
-    expected = {"e": tensors["e"], "z": tensors["z"], "w": torch.zeros(0, 8).bfloat16()}
-    checkpoints.convert(tmp_path, {SHARD: tensors}, expected)
-
-
-def test_tensors_with_nan_or_infinite_values_are_named_and_converted(tmp_path, capsys):
-    codes, finite = checkpoints.every_code(128, 256), checkpoints.finite_codes(4, 4)
-    tensors = {"w": codes, "w_scale_inv": torch.rand(1, 2) / 1000,
-               "v": finite, "v_scale_inv": torch.full((1, 1), torch.inf),
-               "u": finite.clone(), "u_scale_inv": torch.full((1, 1), 0.001)}
-    got = checkpoints.convert(tmp_path, {SHARD: tensors})
-    checkpoints.assert_same_bits(got["w"], checkpoints.dequantized(codes, tensors["w_scale_inv"]))
-    assert "Warning: NaN or infinite values in v, w\n" in capsys.readouterr().err
-
-
 def test_memory_is_bounded_whatever_the_size_of_a_tensor(tmp_path):
     # 1 GiB in, 2 GiB out
     tensors = {"s.weight": ("F8_E4M3", [1 << 17, 1 << 13])}

@@ -3,7 +3,6 @@ what becomes of a run whose input changes under it.
 """
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -35,13 +34,8 @@ def test_what_is_missing_is_made_and_the_rest_kept(independent, tmp_path, capsys
         for name in LEFTOVERS:  # of a run that was killed
             (folder / name).write_text("half")
     shards = [path for path in out.rglob("*.safetensors") if path.exists()]
-    main(independent, out, dry_run=True, report=tmp_path / "r.json")
-    assert c.read_json(tmp_path / "r.json")["status"] == "planned"
     capsys.readouterr()
-    main(independent, out, report=tmp_path / "r.json")
-    report = c.read_json(tmp_path / "r.json")
-    assert report["status"] == "complete"
-    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", report["date"])
+    main(independent, out)
     assert c.contents(out) == expected
     after = c.snapshot(out)
     assert [path for path in shards if after[path] != before[path]] == []
