@@ -250,6 +250,8 @@ REFUSED = [
       for leaf in UNKNOWN_PARTNERS for option in ("keep", "cast")],
     *[no(f"exponents {name}", {name: exponents(1, 1, dtype=c.E8M0), "a.weight": rand(3, 3),
                                **FP8_WEIGHT}) for name in ("a.scale", "a.weight_scale", "alone")],
+    no("FP8 without a scale", {"w": CODES}, None, "w has no scale, one of 1 weights",
+       missing_scale="error"),
     no("FP8 of no weight", {"a.input_scale": finite_codes(3), "b.weight": CODES}),
     # ModelCloud/GPTQModel, quantize_fp8_weight: the only semantics it writes is "inverse".
     *[no(f"semantics {word}", FP8_WEIGHT, method("fp8", weight_scale_semantics=word),

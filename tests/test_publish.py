@@ -64,6 +64,9 @@ def test_several_shards_have_an_index_of_their_name_with_the_exact_size(
         tmp_path, names, given_index):
     """Whether or not it is given. What else it says of the checkpoint is kept."""
     given, expected = (dict(zip(names, those.values(), strict=True)) for those in c.several_kinds())
+    codes, scale = c.packed(10, 32, dtype=torch.int8), c.exponents(10, 2, dtype=c.E8M0)
+    given[names[0]] |= {"e.weight": codes, "e.scale": scale}  # Two elements in a byte.
+    expected[names[0]]["e.weight"] = c.fp4(codes, c.powers(scale), 32)
     source = c.write_checkpoint(tmp_path / "in", given, CONFIG, given_index)
     index = "diffusion_pytorch_model.safetensors.index.json" if names is DIFFUSERS else INDEX
     metadata = {"mtp": "yes"} if given_index else {}
@@ -102,7 +105,6 @@ def test_a_shard_of_scales_only_is_not_written_and_the_one_that_is_left_has_an_i
      {"torch_dtype": "bfloat16", "hidden_size": 3,
       "text_config": {"dtype": "bfloat16", "n": [{"k": 1}]},
       "vision_config": {"dtype": "float32"}, "sub": [{"name": "é"}]}),
-    (TENSORS, {"hidden_size": 3}, {"hidden_size": 3}),
     (TENSORS, {"dtype": None, "hidden_size": 3}, {"dtype": "bfloat16", "hidden_size": 3}),
     (TENSORS, {"torch_dtype": None}, {"torch_dtype": "bfloat16"}),
     ({"w.weight": torch.ones(3, 3).bfloat16()},  # A config that outlived its quantization.
@@ -122,8 +124,7 @@ def test_configs_describe_plain_bf16_weights(tmp_path, tensors, given, expected)
 
 def test_all_but_weights_and_hidden_unfinished_and_special_files_is_copied(folder, capsys):
     """A draft model is in a folder of its own, with hidden files, of which macOS leaves most."""
-    source, out = plain_checkpoint(folder / "in"), folder / "out"
-    plain_checkpoint(source / "draft")
+    source, out = folder / "in", folder / "out"
     copied = ["tokenizer.json", "chat template.jinja", "modeling.py", "inference/deep/run.py",
               ".gitattributes", "draft/.gitattributes", "my_quant_notes.json", "x.json~"]
     hidden = [".x", ".git/config", f".git/{SHARD}", ".cache/huggingface/download/x.lock",
@@ -135,9 +136,8 @@ def test_all_but_weights_and_hidden_unfinished_and_special_files_is_copied(folde
             "original/consolidated.00.pth", "pytorch_model.bin.index.json", "x.tmp",
             "old.json.aria2", "hf_quant_config.json", "quantization_config.json",
             "quant_cfg.json", "quanto_qmap.json", "quant_model_description_w8a8.json"]
-    for name in copied + hidden + left:
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_text("{}")
+    plain_checkpoint(source / "draft")
+    plain_checkpoint(source, **dict.fromkeys(copied + hidden + left, "{}"))
     for kind in ("pipe", "socket"):
         c.special_file(source / f"draft/{kind}", kind)
     (source / "linked.json").symlink_to("inference/deep/run.py")
