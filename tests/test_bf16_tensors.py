@@ -32,11 +32,6 @@ def names_of(*operands, **options):
     return [name for name, _ in bf16_tensors(*operands, **options)]
 
 
-def assert_yields_its_output(source, **options):
-    main(source, source.parent / "out")
-    checkpoints.assert_yields(source, source.parent / "out", missing_scale="keep", **options)
-
-
 @pytest.fixture
 def tiny(monkeypatch):
     """Windows smaller than most tensors."""
@@ -82,9 +77,9 @@ def bytes_read():
 @pytest.mark.parametrize("window", [4096, 3 * 4096, 16 << 20])
 @pytest.mark.parametrize("workers", [1, 3, 40])
 def test_any_window_and_number_of_workers_gives_the_tensors_of_the_files(
-        source, monkeypatch, window, workers):
+        source, out, monkeypatch, window, workers):
     monkeypatch.setattr(fp8_cast_bf16, "WINDOW", window)
-    assert_yields_its_output(source, workers=workers)
+    checkpoints.assert_yields(source, out, workers=workers)
 
 
 def test_thousands_of_tiny_tensors(tmp_path, tiny):

@@ -1,17 +1,13 @@
 """What loads the output, and what others make of the input.
 
 Real architectures are made with transformers, quantized, converted and loaded again; whole
-repositories with the libraries that write them: pipelines of diffusers, dense layers of
-sentence-transformers, adapters of peft. Those need the marker (llama.cpp also LLAMA_CPP, the folder
-of its sources):
+repositories with the libraries that write them (marked; the README says what to install): pipelines
+of diffusers, dense layers of sentence-transformers, adapters of peft.
 
-    pip install diffusers fastsafetensors gguf "mlx[cpu]" mlx-lm peft sentence-transformers
-    LLAMA_CPP=FOLDER python -m pytest -n 2 -m consumers tests/test_consumers.py
-
-And each program's own dequantization is held against the converter's: compressed-tensors multiplies
-in the dtype of the scale. The product of a code's 4 significant bits with a BF16 scale's 8 is
-rounded once to BF16 there as here, so the two agree to the last bit; with F32 scales both round the
-float32 product.
+Each program's own dequantization is held against the converter's: compressed-tensors multiplies in
+the dtype of the scale. The product of a code's 4 significant bits with a BF16 scale's 8 is rounded
+once to BF16 there as here, so the two agree to the last bit; with F32 scales both round the float32
+product.
 """
 
 import os

@@ -20,7 +20,6 @@ from fp8_cast_bf16 import CheckpointError, cli, main
 
 DRAFT = f"draft/{SHARD}"
 SHARDS = [DRAFT, ONE, TWO, EXTRA]  # Of write_independent, in the order in which they are emptied.
-PLANNING = "has to be read to plan a conversion, and an emptied shard lacks it"
 
 
 @pytest.fixture(scope="module")
@@ -590,7 +589,8 @@ REFUSALS = [  # A situation, or tensors (or shards), a config and an option; and
       for more in ([], [("missing_scale", "cast")])),
     ((c.one_weight()[0] | {"v.weight_scale_inv": torch.ones(1, 1)}, CONFIG),
      "v.weight_scale_inv is a scale of no weight"),
-    *(((tensors, config), f"{name} {PLANNING}") for name, tensors, config in READ_TO_PLAN),
+    *(((tensors, config), f"{name} has to be read to plan a conversion")
+      for name, tensors, config in READ_TO_PLAN),
     *((({ONE: TWICE, TWO: {"x": torch.ones(3), name: TWICE[name]}}, CONFIG),
        f"{name} stands in two shards")
       for name in ("l.weight_scale", "l.input_scale", "a.k_scale")),

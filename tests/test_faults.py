@@ -9,8 +9,8 @@ import subprocess
 import pytest
 
 import checkpoints
-from checkpoints import INDEX, ONE, TWO, Usage, arguments, contents
-from fp8_cast_bf16 import cli, main
+from checkpoints import INDEX, ONE, TWO, Usage, contents
+from fp8_cast_bf16 import main
 
 
 @pytest.mark.parametrize("more", ["--every 3", "--every 50 --kills 6 --delete-source"])
@@ -37,9 +37,8 @@ def test_a_config_that_cannot_be_looked_up_is_not_taken_for_absent(source, monke
     monkeypatch.setattr(os, "lstat", look)
     monkeypatch.setattr(os, "stat", lambda path, *more, follow_symlinks=True, **options: look(
         path, *more, follow_symlinks=follow_symlinks, **options))
-    assert cli(arguments(source)) == 1
+    assert checkpoints.fails(capsys, source) == f"error: {config}: Input/output error"
     assert failed
-    assert capsys.readouterr().err.endswith(f"error: {config}: Input/output error\n")
     assert not (source.parent / "out").exists()
 
 
@@ -51,10 +50,9 @@ def test_a_disk_that_fills_up_ends_the_run_and_space_lets_it_go_on(source, monke
     try:
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 10**9))
-            assert cli(arguments(source)) == 1
-        error = capsys.readouterr().err
-        assert "No space left on device" in error
-        assert re.search(rf"({TWO}|{ONE})\.[0-9a-f]{{16}}\.[0-9a-f]{{8}}\.tmp", error)
+            error = checkpoints.fails(capsys, source)
+        temporary = rf"({TWO}|{ONE})\.[0-9a-f]{{16}}\.[0-9a-f]{{8}}\.tmp"
+        assert re.search(f"{temporary}: No space left on device", error)
         assert not {INDEX, "config.json"} & {*contents(out)}
         assert not [name for name in contents(out) if name.endswith(".tmp")]
         subprocess.run(["mount", "-o", "remount,size=3m", out], check=True)

@@ -100,26 +100,21 @@ def test_misread_scales_of_fp8_blocks_are_announced(tmp_path, capsys, change, de
         assert_figure(line, dequantized(*tensors.values()).float())
 
 
-def test_factor_of_fp8_codes_per_tensor_that_is_a_divisor_is_announced(tmp_path, capsys):
-    values = normal(0.02)
-    divisor = 448 / values.abs().amax()
-    codes = (values * divisor).to(torch.float8_e4m3fn)
-    (line,) = warnings(tmp_path, capsys, {"l.weight": codes, "l.weight_scale": divisor})
-    assert "l.weight" in line
-    assert_figure(line, codes.float() * divisor)
-
-
 @pytest.mark.parametrize("deviation", [0.02, 3])
-def test_misread_second_scales_of_nvfp4_are_announced(tmp_path, capsys, deviation):
-    (codes, scale, second), one = nvfp4(normal(deviation)), torch.tensor(1.0)
-    cases = [  # a factor that divides, a divisor that multiplies, and none
-        (of_modelopt(codes, scale, 1 / second), MODELOPT, 1 / second),
-        (of_compressed_tensors(codes, scale, second), CT, 1 / second),
-        (of_modelopt(codes, scale, one), MODELOPT, one)]
-    for number, (tensors, config, factor) in enumerate(cases):
+def test_misread_scales_of_whole_tensors_are_announced(tmp_path, capsys, deviation):
+    values, one = normal(deviation), torch.tensor(1.0)
+    (codes, scale, second), divisor = nvfp4(values), 448 / values.abs().amax()
+    blocks = dequantized(fp4_values(codes), scale, (1, 16)).float()
+    fp8 = (values * divisor).to(torch.float8_e4m3fn)
+    cases = [  # factors that divide, a divisor that multiplies, and none
+        ({"l.q.weight": fp8, "l.q.weight_scale": divisor}, None, fp8.float() * divisor),
+        (of_modelopt(codes, scale, 1 / second), MODELOPT, blocks / second),
+        (of_compressed_tensors(codes, scale, second), CT, blocks / second),
+        (of_modelopt(codes, scale, one), MODELOPT, blocks)]
+    for number, (tensors, config, expected) in enumerate(cases):
         (line,) = warnings(tmp_path / str(number), capsys, tensors, config)
         assert "l.q.weight" in line
-        assert_figure(line, fp4_values(codes) * scale.float().repeat_interleave(16, 1) * factor)
+        assert_figure(line, expected)
 
 
 def test_scales_that_are_all_1_are_announced_though_the_values_are_plausible(tmp_path, capsys):
