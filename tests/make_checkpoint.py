@@ -56,7 +56,7 @@ def layer_tensors(layer: int, hidden: int, generator: torch.Generator) -> Iterat
     yield f"{prefix}mlp.gate.e_score_correction_bias", torch.randn(2, generator=generator)
 
 
-def header_of(tensors: list[tuple[str, str, list[int]]]) -> tuple[bytes, int]:
+def header_bytes(tensors: list[tuple[str, str, list[int]]]) -> tuple[bytes, int]:
     """Return what a safetensors file of such names, dtypes and shapes begins with (the header's
     length and the header), and how many bytes follow.
     """
@@ -72,7 +72,7 @@ def header_of(tensors: list[tuple[str, str, list[int]]]) -> tuple[bytes, int]:
 
 def save_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header, _ = header_of([(name, DTYPES[t.dtype], list(t.shape)) for name, t in ordered])
+    header, _ = header_bytes([(name, DTYPES[t.dtype], list(t.shape)) for name, t in ordered])
     with open(path, "wb") as file:
         file.write(header)
         for _, tensor in ordered:
@@ -148,7 +148,7 @@ def make_layout(out: Path, tensors: list[tuple[str, str, list[int]]], shards: in
     weight_map, each = {}, -(-len(tensors) // shards)
     for shard in range(shards):
         some = tensors[shard * each : (shard + 1) * each]
-        header, size = header_of(some)
+        header, size = header_bytes(some)
         file_name = f"model-{shard + 1:05}-of-{shards:06}.safetensors"
         weight_map |= dict.fromkeys((name for name, *_ in some), file_name)
         with open(out / file_name, "wb") as file:
