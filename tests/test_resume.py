@@ -181,15 +181,17 @@ def when(monkeypatch, moment, name, act):
 def test_an_input_that_changes_ends_the_run_and_what_was_made_of_it_goes(
         independent, tmp_path, monkeypatch, capsys, kind, moment):
     out, path, made = tmp_path / "out", independent / EXTRA, {ONE, TWO, f"draft/{SHARD}"}
-    old = path.read_bytes()
+    old, named = path.read_bytes(), []
     with monkeypatch.context() as patch:
         patch.setattr(fp8_cast_bf16, "WINDOW", 4096)
+        c.watch(patch, "rename", lambda old, new: named.append(Path(new).name))
         last = moment == "the last is named"  # The largest shard is the first, the least the last.
         name = ONE if moment == "another is named" else SHARD if last else EXTRA
         left = when(patch, moment.split()[-1], name, lambda: change(path, kind))
         error = c.fails(capsys, independent, "--workers", "1")
     assert not left
     assert error.startswith(f"error: {path}: has changed while it was read; run the command again")
+    assert (EXTRA in named) == (moment == "named")
     found = c.contents(out)
     assert {*found} == made if last else {*found} <= made
     for name in found:
