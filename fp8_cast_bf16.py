@@ -540,9 +540,11 @@ def words(text: str) -> frozenset[str]:
 
 F8, I8, U8 = words("F8_E4M3 F8_E5M2"), words("I8"), words("U8")
 FLOATS, EXPONENTS = words("F32 BF16 F16"), words("F8_E8M0 U8")  # U8 is 2 ** (byte - 127), too.
-# Containers, dtypes of scales, number format, and columns that share a scale.
-INT8 = I8, FLOATS, "INT8"
-MXFP4, NVFP4 = (U8, EXPONENTS, "E2M1", (32,)), (U8, words("F8_E4M3"), "E2M1", (16,))
+# What formats of several writers have in common.
+INT8 = {"containers": I8, "scale_dtypes": FLOATS, "number_format": "INT8"}
+FP4 = {"containers": U8, "number_format": "E2M1"}
+MXFP4 = FP4 | {"scale_dtypes": EXPONENTS, "groups": (32,)}
+NVFP4 = FP4 | {"scale_dtypes": words("F8_E4M3"), "groups": (16,)}
 SEMANTICS = "weight_scale_semantics"  # The only key that can say that an FP8 scale divides.
 # NVIDIA/Model-Optimizer torch/export: fused experts have the second name.
 MODELOPT, MODELOPT_GLOBAL = "{}_scale {}_weight_scale", "{}_scale_2 {}_weight_scale_2"
@@ -633,48 +635,53 @@ FORMATS = [
     Format("ComfyUI, E5M2 by note", "weight", "weight_scale", U8, FLOATS, "E5M2",
            methods=words("float8_e5m2")),
     # sgl-project/sglang layers/quantization/blockwise_int8.py and w8a8_int8.py
-    Format("INT8 in blocks", "{}", "{}_scale_inv", *INT8, methods=words("blockwise_int8")),
-    Format("INT8 of compressed-tensors, w8a8, Quark, ModelOpt", "{}", "{}_scale", *INT8,
+    Format("INT8 in blocks", "{}", "{}_scale_inv", **INT8, methods=words("blockwise_int8")),
+    Format("INT8 of compressed-tensors, w8a8, Quark, ModelOpt", "{}", "{}_scale", **INT8,
            methods=words("compressed-tensors w8a8_int8 quark modelopt")),
     # InternLM/lmdeploy lite/apis/smooth_quant.py
-    Format("INT8 of lmdeploy", "weight", "scale", *INT8, (0,), words("smooth_quant")),
-    Format("INT8 of torchao", "_{}_qdata", "_{}_scale", *INT8, methods=words("torchao")),
+    Format("INT8 of lmdeploy", "weight", "scale", **INT8, groups=(0,),
+           methods=words("smooth_quant")),
+    Format("INT8 of torchao", "_{}_qdata", "_{}_scale", **INT8, methods=words("torchao")),
     # pytorch/ao prototype/mx_formats; swizzled scales have another shape.
-    Format("MXFP4 of torchao", "_{}_qdata", "_{}_scale", U8, words("F8_E8M0"), "E2M1", (32,),
-           words("torchao")),
-    Format("NVFP4 of torchao", "_{}_qdata", "_{}_scale", *NVFP4, words("torchao"),
-           "_{}_per_tensor_scale"),
+    Format("MXFP4 of torchao", "_{}_qdata", "_{}_scale",
+           **MXFP4 | {"scale_dtypes": words("F8_E8M0")}, methods=words("torchao")),
+    Format("NVFP4 of torchao", "_{}_qdata", "_{}_scale", **NVFP4, methods=words("torchao"),
+           global_scale="_{}_per_tensor_scale"),
     # deepseek-ai/DeepSeek-V4 inference/convert.py: two codes a byte, the low half first.
     Format("experts of DeepSeek-V4 (MXFP4)", "weight", "scale", words("I8 F4"), words("F8_E8M0"),
-           "E2M1", (32,), words("fp8")),
+           "E2M1", groups=(32,), methods=words("fp8")),
     # vllm-project/compressed-tensors compressors/mxfp4; intel/auto-round
     # export/export_to_llmcompressor
-    Format("compressed-tensors MXFP4", "{}_packed", "{}_scale", *MXFP4,
-           words("compressed-tensors auto-round")),
+    Format("compressed-tensors MXFP4", "{}_packed", "{}_scale", **MXFP4,
+           methods=words("compressed-tensors auto-round")),
     # radixark/miles tools/convert_mimo_v2_to_bf16.py: the method is fp8, whatever the experts are.
-    Format("experts of MiMo-V2.5 and V2.6 (MXFP4)", "weight", "weight_scale", U8, U8, "E2M1", (32,),
-           words("fp8"), requires=("store_dtype", "mxfp4")),
+    Format("experts of MiMo-V2.5 and V2.6 (MXFP4)", "weight", "weight_scale", U8, U8, "E2M1",
+           groups=(32,), methods=words("fp8"), requires=("store_dtype", "mxfp4")),
     # vllm-project/vllm layers/quantization/quark/schemes/quark_ocp_mx.py; NVIDIA/Model-Optimizer
     # torch/quantization/qtensor/mxfp4_tensor.py
-    Format("MXFP4 of Quark and ModelOpt", "{}", MODELOPT, *MXFP4, words("quark modelopt")),
+    Format("MXFP4 of Quark and ModelOpt", "{}", MODELOPT, **MXFP4,
+           methods=words("quark modelopt")),
     # vllm-project/compressed-tensors compressors/nvfp4: the global scale divides.
-    Format("compressed-tensors NVFP4", "{}_packed", "{}_scale", *NVFP4,
-           words("compressed-tensors auto-round"), "{}_global_scale", divides=True,
-           sides=words("input_global_scale")),
+    Format("compressed-tensors NVFP4", "{}_packed", "{}_scale", **NVFP4,
+           methods=words("compressed-tensors auto-round"), global_scale="{}_global_scale",
+           divides=True, sides=words("input_global_scale")),
     # NVIDIA/Model-Optimizer torch/quantization/qtensor/nvfp4_tensor.py. Fused experts may have one
     # global scale for gate and one for up.
-    Format("ModelOpt W4A8_NVFP4_FP8", "{}", MODELOPT, *NVFP4[:3], (32, 16), words("modelopt"),
-           MODELOPT_GLOBAL, requires=("quant_algo", "W4A8_NVFP4_FP8")),
-    Format("NVFP4 of ModelOpt and Quark", "{}", MODELOPT, *NVFP4, words("modelopt quark"),
-           MODELOPT_GLOBAL),
+    Format("ModelOpt W4A8_NVFP4_FP8", "{}", MODELOPT, **NVFP4 | {"groups": (32, 16)},
+           methods=words("modelopt"), global_scale=MODELOPT_GLOBAL,
+           requires=("quant_algo", "W4A8_NVFP4_FP8")),
+    Format("NVFP4 of ModelOpt and Quark", "{}", MODELOPT, **NVFP4, methods=words("modelopt quark"),
+           global_scale=MODELOPT_GLOBAL),
     # huggingface/transformers integrations/finegrained/nvfp4.py: here the global scale multiplies.
-    Format("transformers NVFP4", "{}", "{}_scale_inv {}_scale_inv", *NVFP4, words("nvfp4"),
-           "{}_global_scale {}_weight_global_scale", sides=words("input_global_scale")),
+    Format("transformers NVFP4", "{}", "{}_scale_inv {}_scale_inv", **NVFP4, methods=words("nvfp4"),
+           global_scale="{}_global_scale {}_weight_global_scale",
+           sides=words("input_global_scale")),
     # vllm-project/vllm models/inkling/nvidia
-    Format("Inkling NVFP4", "{}", "{}.scale", *NVFP4, words("modelopt"), "{}.scale2",
-           sides=words("input_amax original_shape")),
+    Format("Inkling NVFP4", "{}", "{}.scale", **NVFP4, methods=words("modelopt"),
+           global_scale="{}.scale2", sides=words("input_amax original_shape")),
     # sgl-project/sglang layers/quantization/w4afp8.py: two's complement, the low half first.
-    Format("W4AFP8", "{}", "{}_scale_inv", I8, FLOATS, "INT4", (128,), words("w4afp8")),
+    Format("W4AFP8", "{}", "{}_scale_inv", I8, FLOATS, "INT4", groups=(128,),
+           methods=words("w4afp8")),
     # vllm-project/compressed-tensors compressors/pack_quantized: eight codes per int32, the
     # lowest bits first, each 8 more than its value. The config gives the group size.
     Format("Kimi-K2-Thinking, compressed-tensors INT4", "{}_packed", "{}_scale", words("I32"),
