@@ -12,10 +12,10 @@ An output shard is a file that can be computed at any byte range from the input:
 
     headers -> formats -> plan -> render(shard, start, stop) -> write, compare or yield
 
-Planning reads headers only, so whatever is wrong with a checkpoint is reported before the first
-byte is written. Workers then render windows, aligned byte ranges of a shard, in any order. A window
-depends on no other, so the same bytes come out of one worker or many, a GPU or none, and memory is
-bounded by the windows in flight, however large a tensor is.
+Planning reads headers and a few small tensors, so whatever is wrong with a checkpoint is reported
+before the first byte is written. Workers then render windows, aligned byte ranges of a shard, in
+any order. A window depends on no other, so the same bytes come out of one worker or many, a GPU or
+none, and memory is bounded by the windows in flight, however large a tensor is.
 
 A file that stands in OUT under its final name is whole, and is never replaced: a run keeps what is
 right, makes what is missing, and refuses anything else by name.
@@ -709,7 +709,7 @@ OTHER_TOOL = "dequantize this checkpoint with the tool that made it"
 # ones, in the metadata of shards, too, are objects.
 QUANTIZATION_SECTIONS = ["quantization_config", "compression_config", "_quantization_metadata"]
 QUANTIZATION_KEYS = [*QUANTIZATION_SECTIONS, "expert_dtype", "moe_quant_algo"]
-UNKNOWN_METHODS = "quantization_bit", "quant_type", "dfloat11_config"  # Keys of config.json.
+METHOD_KEYS = "quantization_bit", "quant_type", "dfloat11_config"  # They count as methods.
 # Quark's, auto-round's, SDNQ's and ComfyUI's keys; what Quark rotates offline (r1, r2) needs
 # nothing.
 ROTATIONS = words("rotation_config hadamard_config use_hadamard online_r1_rotation r3 r4 convrot")
@@ -854,7 +854,7 @@ def read_evidence(checkpoint: Checkpoint) -> Evidence:
     methods |= {"modelopt"} if "quant_algo" in dict(walk(said[NVIDIA_CONFIG_NAME])) else set()
     methods |= {"mistral"} if "qformat_weight" in dict(walk(said[PARAMS_NAME])) else set()
     plain = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-    methods |= {key for key, value in walk(plain) if key in UNKNOWN_METHODS and value}
+    methods |= {key for key, value in walk(plain) if key in METHOD_KEYS and value}
     cached = any((key.startswith("kv_cache") and value) or value == "attn_head"
                  for key, value in walk(sections))
     return Evidence(frozenset(methods or [""]), facts, read_block_sizes(entries),
@@ -1262,7 +1262,9 @@ def words_of(part: str) -> frozenset[str]:
 
 
 def find_codes(tensors: list[Tensor]) -> dict[str, Tensor]:
-    """Return what may be codes by all names that a scale of them may continue."""
+    """Return what may be codes by all names that a scale of them may continue: l.w_packed by its
+    own, by l.w and, if w were a word of CODE_WORDS, by l.
+    """
     codes = {}
     for tensor in tensors:
         integers = tensor.dtype in INTEGERS and (len(tensor.shape) > 1 or tensor.leaf == "weight")
@@ -1361,7 +1363,7 @@ WINDOW = 16 << 20  # Bytes that a worker renders, writes or compares at once.
 PAGE = 4096  # The alignment that direct I/O asks of offsets, lengths and memory.
 DATA_ALIGNMENT = 64  # Bytes: GPUs load 16 at once where all tensors start at a multiple of that.
 NO_FINGERPRINT = "0" * 16  # Stands in planned headers.
-FINGERPRINT = re.compile(rb'(?<="fp8_cast_bf16":")[0-9a-f]{16}(?=")')
+FINGERPRINT = re.compile(rf'(?<="{PROGRAM}":")[0-9a-f]{{16}}(?=")'.encode())
 MISSING_SCALE = ["keep", "cast", "error"]
 
 
@@ -1441,16 +1443,16 @@ class Plan:
     left_out: list[str]
 
     @property
-    def steps(self) -> Iterator[Step]:
-        return (step for shard in self.shards for step in shard.steps)
-
-    @property
     def last_names(self) -> list[str]:
         return [self.checkpoint.index_name, PARAMS_NAME, CONFIG_NAME]
 
 
 def shards_of(plans: list[Plan]) -> list[Shard]:
     return [shard for plan in plans for shard in plan.shards]
+
+
+def steps_of(shards: Iterable[Shard]) -> list[Step]:
+    return [step for shard in shards for step in shard.steps]
 
 
 def header_bytes(header: dict) -> bytes:
@@ -1504,6 +1506,7 @@ def plan_shard(checkpoint: Checkpoint, name: str, tensors: list[Tensor],
         header[output.name] = {"dtype": output.dtype, "shape": output.shape,
                                "data_offsets": (start, stop)}
     text = header_bytes(header)
+    # The reader of headers says where the tensors are in the file, and checks this one.
     placed = read_entries(path, {step.output.name: header[step.output.name] for step in steps},
                           len(text), len(text) + stop)
     steps = [step._replace(output=output) for step, output in zip(steps, placed, strict=True)]
@@ -1620,7 +1623,7 @@ def edited_files(checkpoint: Checkpoint, shards: list[Shard], out: Path,
     values, files = {}, checkpoint.files
     index = files.get(checkpoint.index_name, {} if len(checkpoint.metadata) > 1 else None)
     if index is not None and shards:
-        outputs = [step.output for shard in shards for step in shard.steps]
+        outputs = [step.output for step in steps_of(shards)]
         values[checkpoint.index_name] = complete_index(index, outputs, out)
     if PARAMS_NAME in files:
         values[PARAMS_NAME] = {key: value for key, value in files[PARAMS_NAME].items()
@@ -1654,10 +1657,9 @@ def make_plans(root: Path, out: Path, missing_scale: str) -> list[Plan]:
         copied, left_out = find_side_files(checkpoint, root, {part.root for part in checkpoints})
         files = {name: checkpoint.root / name for name in copied}
         files |= edited_files(checkpoint, shards, folder, reading)
-        plans.append(Plan(checkpoint, reading, folder, shards, files, left_out))
-        for name in plans[-1].last_names:
-            if name in files:
-                files[name] = files.pop(name)
+        plan = Plan(checkpoint, reading, folder, shards, files, left_out)
+        files |= {name: files.pop(name) for name in plan.last_names if name in files}
+        plans.append(plan)
     if not any(plan.shards for plan in plans):
         raise CheckpointError(f"{root}: holds scales only; download the weights, too")
     return plans
@@ -2065,7 +2067,7 @@ def write_file(path: Path, content: str | Path) -> None:
 PLAUSIBLE = 1e-6, 4.0  # Root mean squares of weights.
 PLAUSIBLE_CAST = 1e-6, 32.0  # Embeddings, norms, and plain casts, which hold both.
 WIDE_NAME = re.compile(r"embed|norm|wte|(^|\.)shared(\.|$)")  # T5 calls its embeddings `shared`.
-SAMPLED_WEIGHTS, SAMPLED_BYTES = 5, 64 << 10
+SAMPLED_WEIGHTS, SAMPLED_ELEMENTS = 5, 64 << 10  # Of each kind, and of each of these.
 
 
 def kind_of(step: Step) -> str:
@@ -2088,7 +2090,7 @@ def kind_of(step: Step) -> str:
 def sample(step: Step, worker: Worker) -> float:
     """Return the root mean square of values from the middle of a weight."""
     size, cols = step.output.size // 2, step.quantization.grid.cols
-    count = min(size, SAMPLED_BYTES)
+    count = min(size, SAMPLED_ELEMENTS)
     start = (size - count) // 2
     start -= start % cols if cols <= count else 0  # Whole rows are read at once.
     out = torch.empty(count, dtype=torch.bfloat16)
@@ -2099,27 +2101,26 @@ def sample(step: Step, worker: Worker) -> float:
 def has_unit_scales(step: Step, worker: Worker) -> bool:
     scale = step.quantization.scale
     size = scale.size // scale.element_size if scale else 0
-    raw = worker.elements("scales", scale, 0, min(size, SAMPLED_BYTES)) if size else None
+    raw = worker.elements("scales", scale, 0, min(size, SAMPLED_ELEMENTS)) if size else None
     return bool(size) and bool((kernel.widen_scales(raw, scale.dtype) == 1).all())
 
 
-def judge(members: list[Step], worker: Worker) -> tuple[list[str], list[str]]:
-    """Return what is wrong with some weights of one kind, and the names of those that are right."""
-    wrong, right = [], []
+def judge(members: list[Step], worker: Worker) -> tuple[list[str], int]:
+    """Return what is wrong with some weights of one kind, and how many have been judged."""
+    wrong, judged = [], 0
     for step in members[:: ceil_div(len(members), SAMPLED_WEIGHTS)]:
         name, rms = step.source.name, sample(step, worker)
         wide = not step.quantization.scale or WIDE_NAME.search(name)
         low, high = PLAUSIBLE_CAST if wide else PLAUSIBLE
         if rms == 0:  # An unused expert may be all zero.
             continue
+        judged += 1
         if not low <= rms <= high:
             wrong.append(f"{name} has a root mean square of {rms:.3g}, expected {low:g} to "
                          f"{high:g}")
         elif has_unit_scales(step, worker):
             wrong.append(f"the scales of {name} are all 1")
-        else:
-            right.append(name)
-    return wrong, right
+    return wrong, judged
 
 
 def find_implausible(steps: Iterable[Step]) -> list[str]:
@@ -2133,13 +2134,14 @@ def find_implausible(steps: Iterable[Step]) -> list[str]:
     for step in steps:
         if step.quantization and not step.lost and step.output.size:
             kinds.setdefault(kind_of(step), []).append(step)
-    with start_threads(1) as thread:  # In the caller's, torch might start others, or die of it.
+    with start_threads(1) as thread:  # In the caller's thread, torch might start helpers.
         for kind, members in kinds.items():
-            wrong, right = thread.submit(judge, members, worker).result()
-            if wrong and len(wrong) >= len(right):
-                found.append(f"{kind}: {wrong[0]}, and so have others: usually an inverse scale, "
-                             "raw codes or a missing second scale; --verify reads the format the "
-                             "same way and cannot see it")
+            wrong, judged = thread.submit(judge, members, worker).result()
+            if wrong and 2 * len(wrong) >= judged:
+                found.append(f"{kind}: {wrong[0]} ({len(wrong)} of {judged} sampled weights are "
+                             "implausible): usually an inverse scale, raw codes or a missing "
+                             "second scale; --verify reads the format the same way and cannot see "
+                             "it")
     worker.close()
     return found
 
@@ -2278,7 +2280,7 @@ def compare_headers(plan: Plan) -> tuple[list[Difference], list[tuple[Tensor, St
         for tensor in tensors:
             if (first := there.setdefault(tensor.name, tensor)) is not tensor:
                 found.append(Difference(path, f"{path}: {tensor.name} stands in {first.path} too"))
-    steps = {step.output.name: step for step in plan.steps}
+    steps = {step.output.name: step for step in steps_of(plan.shards)}
     outputs = {name: step.output for name, step in steps.items()}
     found += differences({name: str(tensor) for name, tensor in there.items()},
                          {name: str(tensor) for name, tensor in outputs.items()},
@@ -2298,7 +2300,7 @@ def find_differences(plans: list[Plan], mine: list[Shard], pool: list[Worker],
     digest that was recorded when it was proven.
     """
     found, pairs = [], []
-    wanted = {id(step) for shard in mine for step in shard.steps}
+    wanted = {*map(id, steps_of(mine))}
     for plan in plans:
         if not plan.out.is_dir():
             raise CheckpointError(f"{plan.out}: no such folder; give the output of a conversion")
@@ -2332,27 +2334,29 @@ def refusal(path: Path) -> CheckpointError:
                            "has left")
 
 
-def is_planned(shard: Shard) -> bool:
-    """Return whether the file that has a shard's name has its planned size and header.
-
-    Once one of its input shards has been emptied, its fingerprint cannot be computed any more. Then
-    it is the shard that was proven if it has the same tensors and the fingerprint that was
-    recorded, if any was.
+def was_proven(shard: Shard) -> bool:
+    """Return whether a file can be the shard that was proven before some of its input was emptied:
+    it has the same tensors, and the fingerprint that was recorded, if any was. What fingerprint
+    it should have cannot be computed any more.
     """
-    path = shard.path
-    if path.is_symlink() or not path.is_file():
-        return False
-    if not shard.proofs:
-        whole = path.stat().st_size == shard.size
-        return whole and read_bytes(path, 0, len(shard.header)) == shard.sealed(
-            fingerprint_of(shard))
     try:
-        metadata, tensors = read_header(path)
+        metadata, tensors = read_header(shard.path)
     except CheckpointError:
         return False
     fingerprints = {proof.fingerprint for proof in shard.proofs.values() if proof}
     return {tensor[:3] for tensor in tensors} == {step.output[:3] for step in shard.steps} and (
         fingerprints <= {metadata.get(PROGRAM, "")})
+
+
+def is_planned(shard: Shard) -> bool:
+    """Return whether the file that has a shard's name has its planned size and header."""
+    path = shard.path
+    if path.is_symlink() or not path.is_file():
+        return False
+    if shard.proofs:
+        return was_proven(shard)
+    return path.stat().st_size == shard.size and (
+        read_bytes(path, 0, len(shard.header)) == shard.sealed(fingerprint_of(shard)))
 
 
 def same_file(path: Path, content: str | Path) -> bool:
@@ -2484,7 +2488,9 @@ def clear(plans: list[Plan], out: Path, todo: list[Shard], several: bool) -> Non
 
 
 def publish(plans: list[Plan]) -> None:
-    """Complete an output around its shards; index and configs come last, the root's after all."""
+    """Complete an output around its shards; what says that all is there comes last, the root's last
+    of all.
+    """
     for path in find_temporary(shard.path.parent for shard in shards_of(plans)):
         path.unlink(missing_ok=True)  # Nobody writes shards any more; a rank has been killed.
     for plan in plans:
@@ -2508,18 +2514,13 @@ class Ranks(NamedTuple):
     local_count: int = 1
 
     def share(self, shards: list[Shard]) -> list[Shard]:
-        """Return the shards that this rank makes: largest first, each to the rank with the least.
+        """Return the shards that this rank makes: largest first, they are dealt out in turn.
 
-        All planned shards are divided, whatever is there already, so that ranks which look at
+        All planned shards are dealt, whatever is there already, so that ranks which look at
         different times agree.
         """
-        loads, mine = [0] * self.count, []
-        for shard in sorted(shards, key=lambda shard: (-shard.size, shard.path)):
-            least = loads.index(min(loads))
-            loads[least] += shard.size
-            if least == self.rank:
-                mine.append(shard)
-        return mine
+        ordered = sorted(shards, key=lambda shard: (-shard.size, shard.path))
+        return ordered[self.rank :: self.count]
 
 
 ALONE = Ranks()
@@ -2528,8 +2529,8 @@ ALONE = Ranks()
 def find_ranks() -> Ranks:
     """Return which of torchrun's processes this is.
 
-    A process that a rank has started, which is a Python one, is none; but torchrun may start ranks
-    by way of a shell, which has its variables, too.
+    A process whose parent is a rank, a Python process with torchrun's variables, is none; torchrun
+    may start ranks by way of a shell, which has its variables, too.
     """
     numbers = [os.environ.get(name, "")
                for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
@@ -2548,7 +2549,7 @@ def digest_of(plans: list[Plan]) -> str:
     Headers alone would not do: DeepSeek-V3's and R1's are the same.
     """
     shards = shards_of(plans)
-    facts = json.dumps([facts_of(step) for shard in shards for step in shard.steps])
+    facts = json.dumps([*map(facts_of, steps_of(shards))])
     facts += fingerprint_of(max(shards, key=lambda shard: shard.size))
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
@@ -2715,27 +2716,31 @@ def find_kept(shard: Shard, nonfinite: set[Tensor]) -> Iterator[tuple[Path, str]
                     yield path, f"it is not known to be what {step.output.name} was made of"
 
 
-def empty(path: Path, was: tuple[int, int], plan: Plan, proofs: dict[Shard, Proof]) -> None:
+def empty(path: Path, plan: Plan, proofs: dict[Shard, Proof]) -> None:
     """Replace an input shard by its header, which a later run needs to plan again.
 
-    The header also says what was proven of its takers. At every moment the name stands for the
-    whole shard or for the complete new header.
+    The header also says what was proven of its takers, in which a proof then stands in place of its
+    stamp. At every moment the name stands for the whole shard or for the complete new header.
     """
     header = parse_object(read_bytes(path, 8, header_size(path) - 8))
     metadata = header.pop("__metadata__", None) or {}
-    root, takers = plan.checkpoint.root, {}
+    root, stamps, takers = plan.checkpoint.root, plan.checkpoint.stamps, {}
     for shard, proof in proofs.items():
-        stamps = {at.relative_to(root).as_posix(): value for at, value in proof.stamps.items()}
-        takers[shard.path.relative_to(plan.out).as_posix()] = proof._replace(stamps=stamps)
+        named = {source.relative_to(root).as_posix(): at for source, at in proof.stamps.items()}
+        takers[shard.path.relative_to(plan.out).as_posix()] = proof._replace(stamps=named)
     metadata[PROGRAM] = json.dumps({"takers": takers})
 
     def put(unfinished: Path, path: Path) -> None:
         shutil.copymode(path, unfinished)
-        check_unchanged({path: was})
+        check_unchanged({path: stamps[path]})
         os.replace(unfinished, path)
 
     with new_file(path, put) as file:
         file.write(header_bytes({"__metadata__": metadata, **header}))
+    stamps[path] = stamp(path)
+    for shard, proof in proofs.items():
+        shard.proofs[path] = proof
+        del shard.stamps[path]
 
 
 def write_and_empty(plans: list[Plan], todo: list[Shard], pool: list[Worker], bar: tqdm,
@@ -2760,14 +2765,10 @@ def write_and_empty(plans: list[Plan], todo: list[Shard], pool: list[Worker], ba
             proofs[shard] = prove(shard, provers, bar)
             kept |= find_kept(shard, set().union(*(worker.nonfinite for worker in provers)))
             for path, those in takers.items():
-                if those[-1] is shard and path not in kept:
+                if those[-1] is shard and path not in kept:  # No other shard needs it any more.
                     for taker in those:
                         check_unchanged(taker.stamps | {taker.path: made[taker]})
-                    empty(path, shard.stamps[path], plan, {taker: proofs[taker] for taker in those})
-                    plan.checkpoint.stamps[path] = stamp(path)
-                    for taker in those:
-                        taker.proofs[path] = proofs[taker]
-                        del taker.stamps[path]
+                    empty(path, plan, {taker: proofs[taker] for taker in those})
                     emptied.append(path)
     return kept
 
@@ -2783,7 +2784,8 @@ TORCH_NAMES = {
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device that an argument names, and say why it is another. Raises UsageError.
+    """Return the device that an argument names. For "auto" it may be the CPU; a warning says why if
+    there is a GPU. Raises UsageError for one that does not work.
 
     Ranks on one machine share out its GPUs, unless the argument has a number.
     """
@@ -2896,11 +2898,11 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
     device: where the tensors are placed; a CUDA device dequantizes, too. names: those that are
     wanted, or a function that tells whether one is. missing_scale: as in make_plans, for these.
     workers: threads that read ahead, a window of 16 MiB each. Every tensor owns its memory, and
-    none is kept here. A folder below holds another checkpoint: give that folder.
+    none is kept here. Folders below hold checkpoints of their own, which are not yielded.
 
-    Raises CheckpointError as the conversion does, before anything is read, or for an emptied shard,
-    or one that changes; KeyError for a name that the checkpoint lacks; UsageError for CUDA that
-    does not work.
+    Raises CheckpointError, at the first step, as the conversion does, or for an emptied shard, and
+    later for one that changes; KeyError for a name that the checkpoint lacks; UsageError for CUDA
+    that does not work.
     """
     check_options("cpu", workers, missing_scale)
     root = Path(fp8_path).expanduser()
@@ -2917,7 +2919,7 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
                                   f"as {parts[0].root}")
         reading = read_formats(checkpoint)
         shards = plan_shards(checkpoint, reading, root, missing_scale)
-        chosen = find_wanted((step for shard in shards for step in shard.steps), root, names)
+        chosen = find_wanted(steps_of(shards), root, names)
         if missing_scale == "error":
             refuse_missing([step.source for step in chosen if step.source in reading.missing])
         for line in find_implausible(chosen):
@@ -2988,7 +2990,7 @@ class Job:
 
 def describe(plans: list[Plan], job: Job) -> dict:
     """Print what will be done, and return it as the report has it."""
-    shards, steps = shards_of(plans), [step for plan in plans for step in plan.steps]
+    shards, steps = shards_of(plans), steps_of(shards_of(plans))
     tensors = [tensor for plan in plans for tensor in plan.checkpoint.tensors.values()]
     kinds = Counter(kind_of(step) for step in steps if step.quantization)
     dropped = Counter(tensor.leaf for plan in plans for tensor in plan.reading.dropped.values())
@@ -3065,18 +3067,6 @@ def survey(plans: list[Plan], job: Job) -> tuple[list[Shard], dict[Path, str | P
     return todo, absent
 
 
-def open_output(plans: list[Plan], todo: list[Shard], absent: dict[Path, str | Path], job: Job,
-                stack: ExitStack) -> None:
-    """Make an output ready for what is missing. stack: holds the lock."""
-    out, several = job.bf16_path, job.ranks.count > 1
-    out.mkdir(parents=True, exist_ok=True)
-    lock(out, stack)
-    if todo or absent:
-        clear(plans, out, todo, several)
-    if several:
-        write_file(out / RANKS_NAME, digest_of(plans))
-
-
 def write_output(plans: list[Plan], todo: list[Shard], device: torch.device, job: Job,
                  facts: dict) -> None:
     """Write the shards that are to do, and say what was found in them."""
@@ -3127,16 +3117,23 @@ def make_output(plans: list[Plan], job: Job, facts: dict) -> None:
         if job.dry_run:
             return
         mine = [shard for shard in ranks.share(shards_of(plans)) if shard in todo]
-        if mine or job.delete_source:  # It works, or the output stays as it is.
-            device = pick_device(job.device, ranks.local_rank)
-        if ranks.rank == 0 and (todo or absent or job.delete_source):
-            open_output(plans, todo, absent, job, stack)
-        elif todo:
+        writing = bool(mine) or job.delete_source
+        completing = ranks.rank == 0 and bool(todo or absent)
+        if writing:
+            device = pick_device(job.device, ranks.local_rank)  # An error leaves all as it is.
+        if ranks.rank > 0 and mine:
             await_plan(out, digest_of(plans), ranks.rank)
+        elif completing or job.delete_source:
+            out.mkdir(parents=True, exist_ok=True)
+            lock(out, stack)
+        if completing:
+            clear(plans, out, todo, several=ranks.count > 1)
+            if ranks.count > 1:
+                write_file(out / RANKS_NAME, digest_of(plans))
         try:
-            if mine or job.delete_source:
+            if writing:
                 write_output(plans, mine, device, job, facts)
-            if ranks.rank == 0 and (todo or absent):
+            if completing:
                 await_shards([shard for shard in todo if shard not in mine])
                 check_unchanged(stamps)
                 publish(plans)
@@ -3173,7 +3170,7 @@ def verify_output(plans: list[Plan], job: Job, facts: dict) -> None:
         advice = [", ".join(remedies)] * bool(remedies) + ["run the same command without --verify"]
         raise CheckpointError(f"{job.bf16_path}: differs from what the input gives in "
                               f"{counted(len(found), 'place')}; {' and '.join(advice)}")
-    steps = [step for shard in mine for step in shard.steps]
+    steps = steps_of(mine)
     digested = sum(bool(step.lost) for step in steps)
     by_digest = f", {digested:,} of them by the digest of the conversion" if digested else ""
     by_rank = ", the share of rank 0" if job.ranks.count > 1 else ""
@@ -3231,8 +3228,8 @@ def convert(fp8_path: str | Path, bf16_path: str | Path, **options) -> None:
     delete_source=False, report=None, with the meanings and defaults of the command line.
 
     Raises CheckpointError for what is wrong with the checkpoint or a verified output, OSError for
-    the disk, UsageError for the arguments. Until all is there, the output holds no index and no
-    config.
+    the disk, UsageError for the arguments. Until all is there, the output holds no index, no
+    params.json and no config.json.
     """
     run(Job(fp8_path, bf16_path, **options))
 
@@ -3250,9 +3247,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--workers", type=int, metavar="N", help="threads (default: 2 per core, 4 to 16)")
     add("--missing-scale", choices=MISSING_SCALE, default="keep",
         help="FP8 weights without a scale: keep them FP8 (default), cast with scale 1, or refuse")
-    only = parser.add_mutually_exclusive_group().add_argument
-    only("--dry-run", action="store_true", help="print the plan and the space it needs")
-    only("--verify", action="store_true", help="compare an existing output with the input")
+    add("--dry-run", action="store_true", help="print the plan and the space it needs")
+    add("--verify", action="store_true", help="compare an existing output with the input")
     add("--delete-source", action="store_true",
         help="empty each input shard once its output is verified, if the disk cannot hold both")
     add("--report", metavar="FILE", help="write a JSON record of it all")

@@ -2,7 +2,7 @@
 
     out[i, j] = bfloat16(float32(decode(codes[i, j])) * float32(scale of the block of i, j))
 
-The product is rounded to float32 and then once to BF16, both to nearest even, on either device.
+The product (or quotient) is rounded to float32 and then once to BF16, both to nearest even.
 The bits of a NaN depend on the device until `canonicalize` has made them 0x7FC0.
 """
 
@@ -133,9 +133,9 @@ def _decode_cpu(codes: torch.Tensor, fmt: NumberFormat) -> torch.Tensor:
     count = codes.numel() * fmt.codes_per_byte
     index = _scratch("index", ceil_div(count, 2), torch.int32)
     if fmt.codes_per_byte == 1:  # The copy is aligned and ends with a whole pair.
-        pairs = _scratch("pairs", 2 * len(index), torch.uint8)
-        pairs[:count] = codes.view(-1)
-        index.copy_(pairs.view(torch.uint16))
+        aligned = _scratch("codes", 2 * len(index), torch.uint8)
+        aligned[:count] = codes.view(-1)
+        index.copy_(aligned.view(torch.uint16))
     else:
         index.copy_(codes.view(-1))
     values = _scratch("values", 2 * len(index), torch.float32)
