@@ -147,7 +147,7 @@ def test_the_readme_holds_the_table_of_formats():
     (["--workers", "x"], "invalid int value"),
     (["--missing-scale", "guess"], "invalid choice"),
     (["--nonsense"], "unrecognized arguments"),
-    (["--dry-run", "--verify"], "not allowed with argument"),
+    (["--dry-run", "--verify"], "expected one of them"),
     (["--delete-source", "--verify"], "--delete-source: not with --verify"),
     (["--output-bf16-hf-path="], "the path of the input or of the output is empty"),
 ])
