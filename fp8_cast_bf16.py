@@ -1594,11 +1594,11 @@ def find_side_files(checkpoint: Checkpoint, top: Path,
 def complete_index(index: dict, tensors: Iterable[Tensor], folder: Path) -> dict:
     """Return an index of these tensors: their paths from a folder and their total size."""
     meta, tensors = index.get("metadata"), sorted(tensors, key=lambda tensor: tensor.name)
+    shards = {path: path.relative_to(folder).as_posix() for path in {t.path for t in tensors}}
     return index | {
         "metadata": {**(meta if isinstance(meta, dict) else {}),
                      "total_size": sum(tensor.size for tensor in tensors)},
-        "weight_map": {tensor.name: tensor.path.relative_to(folder).as_posix()
-                       for tensor in tensors}}
+        "weight_map": {tensor.name: shards[tensor.path] for tensor in tensors}}
 
 
 def bf16_config(value, of_text: bool = True):
