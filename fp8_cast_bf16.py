@@ -3102,15 +3102,21 @@ def remove_mixed(shards: list[Shard], changed: set[Path]) -> None:
             shard.path.unlink(missing_ok=True)
 
 
-def make_output(plans: list[Plan], job: Job, facts: dict) -> None:
-    """Make what is missing of an output.
+def say_caveats(out: Path, facts: dict) -> None:
+    """Say what the user of a complete output must know."""
+    if names := facts["kept_in_fp8"]:
+        say(f"{counted(len(names), 'weight')} {'is' if len(names) == 1 else 'are'} still FP8: the "
+            "output will not load correctly; see --missing-scale")
+    if emptied := facts["emptied_shards"]:
+        say(f"{counted(len(emptied), 'input shard')} emptied: {out} is the only copy now")
 
-    Each rank makes its share of the shards; rank 0 also looks after the folder: what is in the way,
-    what must go, and what completes it.
+
+def make_output(plans: list[Plan], job: Job, facts: dict) -> None:
+    """Make what is missing of an output, each rank its share of the shards. Rank 0 also looks after
+    the folder: what is in the way, what must go, and what completes it.
     """
-    out, ranks, emptied = job.bf16_path, job.ranks, []
+    out, ranks, facts["emptied_shards"] = job.bf16_path, job.ranks, []
     stamps = ChainMap(*(plan.checkpoint.stamps for plan in plans))
-    facts["emptied_shards"] = emptied
     with ExitStack() as stack:
         todo, absent = survey(plans, job) if ranks.rank == 0 else (
             check_shards(ranks.share(shards_of(plans)), job.workers), {})
@@ -3141,13 +3147,9 @@ def make_output(plans: list[Plan], job: Job, facts: dict) -> None:
         except Changed as error:
             remove_mixed(todo, {error.path, *find_changed(stamps)})
             raise
-    done = "Converted" if todo or absent or emptied else "Nothing to do"
-    say(f"{done}: the output is complete")
-    if names := facts["kept_in_fp8"]:
-        say(f"{counted(len(names), 'weight')} {'is' if len(names) == 1 else 'are'} still FP8: the "
-            "output will not load correctly; see --missing-scale")
-    if emptied:
-        say(f"{counted(len(emptied), 'input shard')} emptied: {out} is the only copy now")
+    say("Converted: the output is complete" if todo or absent or facts["emptied_shards"] else
+        "Nothing to do: the output is complete")
+    say_caveats(out, facts)
 
 
 def verify_output(plans: list[Plan], job: Job, facts: dict) -> None:
