@@ -50,7 +50,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TextIO
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # Nothing here uses it.
 
@@ -462,6 +462,9 @@ def add_shard(checkpoint: Checkpoint, name: str, weight_map: dict[str, str]) -> 
     path = checkpoint.root / name
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; the download is incomplete")
+    if re.search("[\ud800-\udfff]", name):  # Python's spelling of bytes that are not UTF-8
+        raise CheckpointError(f"{path}: its name is not UTF-8, and safetensors cannot open it; "
+                              "rename it")
     check_download(path)
     checkpoint.stamps[path] = stamp(path)
     checkpoint.metadata[name], tensors = read_header(path)
@@ -2237,6 +2240,12 @@ def differences(got: dict[str, str], expected: dict[str, str],
                              f"{expected.get(key, 'none')[:200]}")
 
 
+def check_regular(path: Path) -> None:
+    """Raise CheckpointError for a folder, or a pipe, from which no byte may ever come."""
+    if is_there(path) and not path.is_file():
+        raise CheckpointError(f"{path}: is not a regular file")
+
+
 def differing_files(plan: Plan, tensors: Iterable[Tensor]) -> Iterator[Difference]:
     """Yield what differs in the index, by the tensors that are there, and in the JSON files, and
     each file that only a quantized checkpoint has.
@@ -2249,10 +2258,13 @@ def differing_files(plan: Plan, tensors: Iterable[Tensor]) -> Iterator[Differenc
         expected[index_name] = complete_index(index, tensors, plan.out)
     for path, value in ((plan.out / name, value) for name, value in expected.items()):
         try:
+            check_regular(path)
             got = parse_object(read_bytes(path))
             yield from differences(flattened(got), flattened(value), lambda _, path=path: path)
         except FileNotFoundError:
             yield Difference(path, f"{path}: is missing")
+        except CheckpointError as error:
+            yield Difference(path, str(error))
         except (ValueError, RecursionError) as error:
             yield Difference(path, f"{path}: is not valid JSON ({error})")
     for path in sorted(plan.out.glob("*")):
@@ -2269,9 +2281,10 @@ def compare_headers(plan: Plan) -> tuple[list[Difference], list[tuple[Tensor, St
         paths |= {path for path in plan.out.glob("*.safetensors") if path.name[0] != "."}
     found, there = [], {}
     for path in sorted(paths - {plan.out / name for name in plan.files}):
-        if not path.exists():
+        if not is_there(path):
             continue
         try:
+            check_regular(path)
             tensors = read_header(path, remedy="delete it")[1]
             check_loadable(path)
         except CheckpointError as error:
@@ -2307,10 +2320,14 @@ def find_differences(plans: list[Plan], mine: list[Shard], pool: list[Worker],
         differing, alike = compare_headers(plan)
         found += differing
         pairs += [(tensor, step) for tensor, step in alike if id(step) in wanted]
-    lost = [shard for shard in mine if shard.proofs and shard.path.is_file()]
+    proven = [shard for shard in mine if shard.proofs]
+    lost = [shard for shard in proven if shard.path.is_file()]
     with progress("verifying", sum(tensor.size for tensor, _ in pairs), disable_bar) as bar:
         differing, digests = compare_values(
             pairs, {shard.path: shard.window for shard in lost}, pool, bar)
+    for path in (shard.path for shard in proven if shard not in lost):
+        differing.append(Difference(path, f"{path}: is missing, and its input was emptied, so its "
+                                          "values cannot be checked in other files"))
     for path, source, proof in ((shard.path, *item) for shard in lost
                                 for item in shard.proofs.items()):
         if proof is None:
@@ -2705,15 +2722,31 @@ def prove(shard: Shard, pool: list[Worker], bar: tqdm) -> Proof:
     return Proof(metadata.get(PROGRAM, ""), digest, shard.window, {**shard.stamps})
 
 
-def find_kept(shard: Shard, nonfinite: set[Tensor]) -> Iterator[tuple[Path, str]]:
+def find_doubted(shards: list[Shard]) -> dict[Path, str]:
+    """Return the input shards of which it is not known whether a tensor that cannot be computed any
+    more was made of them, each with the name of such a tensor.
+    """
+    doubted = {}
+    for shard in shards:
+        for step in shard.steps:
+            for earlier in (shard.proofs[lost] for lost in step.lost):
+                for path in {tensor.path for tensor in step.sources} & shard.stamps.keys():
+                    if not earlier or earlier.stamps.get(path) != shard.stamps[path]:
+                        doubted[path] = step.output.name
+    return doubted
+
+
+def find_kept(shard: Shard, nonfinite: set[Tensor],
+              doubted: dict[Path, str]) -> Iterator[tuple[Path, str]]:
     """Yield the sources of a shard that must stay as they are although it is proven, and why."""
     for step in shard.steps:
-        for path in {tensor.path for tensor in step.sources} & shard.stamps.keys():
+        sources = {tensor.path for tensor in step.sources} & shard.stamps.keys()
+        for path in sources:
             if step.output in nonfinite:
                 yield path, f"{step.output.name} has NaN or infinite values"
-            for earlier in (shard.proofs[lost] for lost in step.lost):
-                if not earlier or earlier.stamps.get(path) != shard.stamps[path]:
-                    yield path, f"it is not known to be what {step.output.name} was made of"
+            for other in sources & doubted.keys():  # This step may mix two revisions.
+                which = "it" if other == path else f"{other}, which it goes with,"
+                yield path, f"{which} is not known to be what {doubted[other]} was made of"
 
 
 def empty(path: Path, plan: Plan, proofs: dict[Shard, Proof]) -> None:
@@ -2753,7 +2786,7 @@ def write_and_empty(plans: list[Plan], todo: list[Shard], pool: list[Worker], ba
         with suppress(PermissionError):
             sync(folder)
     for plan in plans:
-        takers = find_takers(plan.shards)
+        takers, doubted = find_takers(plan.shards), find_doubted(plan.shards)
         for path in find_temporary({path.parent for path in takers}):
             path.unlink()
         for shard in plan.shards:
@@ -2763,7 +2796,8 @@ def write_and_empty(plans: list[Plan], todo: list[Shard], pool: list[Worker], ba
                 continue
             made[shard] = stamp(shard.path)
             proofs[shard] = prove(shard, provers, bar)
-            kept |= find_kept(shard, set().union(*(worker.nonfinite for worker in provers)))
+            nonfinite = set().union(*(worker.nonfinite for worker in provers))
+            kept |= find_kept(shard, nonfinite, doubted)
             for path, those in takers.items():
                 if those[-1] is shard and path not in kept:  # No other shard needs it any more.
                     for taker in those:
@@ -2933,11 +2967,14 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
 # --- command line ---
 
 
+MAX_WORKERS = 1000  # More would only wait for each other.
+
+
 def check_options(device: str, workers: int | None, missing_scale: str) -> None:
     if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,4})?", device):
         raise UsageError(f"device {device}: expected auto, cpu, cuda or cuda:N")
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers {workers}: expected a positive number")
+    if workers is not None and not 0 < workers <= MAX_WORKERS:
+        raise UsageError(f"workers {workers}: expected a positive number, at most {MAX_WORKERS}")
     if missing_scale not in MISSING_SCALE:
         raise UsageError(f"missing_scale {missing_scale}: expected {', '.join(MISSING_SCALE)}")
 
@@ -3191,6 +3228,11 @@ def message_of(error: Exception) -> str:
     return text or type(error).__name__
 
 
+def write_report(file: TextIO, facts: dict) -> None:
+    with naming(Path(file.name)), file:
+        json.dump(facts, file, indent=2, default=str)
+
+
 def run(job: Job) -> None:
     """Do what is asked for; the report tells how it ended, whatever happens."""
     facts = {"version": VERSION, "torch": torch.__version__, "status": "failed",
@@ -3203,7 +3245,7 @@ def run(job: Job) -> None:
             # Appending keeps what goes to the same file, if the report is /dev/stdout.
             file = open(job.report, "w", opener=lambda path, flags: os.open(
                 path, flags | os.O_APPEND, 0o666))
-            stack.callback(json.dump, facts, stack.enter_context(file), indent=2, default=str)
+            stack.callback(write_report, file, facts)
         try:
             if job.delete_source and not job.dry_run and root.is_dir() and not lock(root, stack):
                 raise CheckpointError(f"--delete-source: {root}: cannot be locked")

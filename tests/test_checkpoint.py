@@ -228,6 +228,13 @@ def test_headers_are_read_where_files_cannot_be_mapped(tmp_path):
     assert "map" not in done.stderr and "allocate" not in done.stderr
 
 
+def test_a_shard_whose_name_is_not_utf_8_is_refused_with_the_remedy(tmp_path):
+    name = "bad\udcff.safetensors"
+    c.write_checkpoint(tmp_path / "in", {SHARD: c.one_weight()[0]}, index=False)
+    os.rename(tmp_path / "in" / SHARD, tmp_path / "in" / name)
+    c.assert_folder_refused(tmp_path / "in", f"{name}: its name is not UTF-8", "rename it")
+
+
 # --- tensors that stand in several shards ---
 
 

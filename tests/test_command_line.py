@@ -144,6 +144,7 @@ def test_the_readme_holds_the_table_of_formats():
     (["--device", "cuda:x"], "device cuda:x: expected"),
     (["--device", "cuda:99"], "--device cuda:99: "),
     (["--workers", "0"], "workers 0: expected a positive number"),
+    (["--workers", "1001"], "workers 1001: expected a positive number, at most 1000"),
     (["--workers", "x"], "invalid int value"),
     (["--missing-scale", "guess"], "invalid choice"),
     (["--nonsense"], "unrecognized arguments"),
@@ -483,6 +484,11 @@ def test_a_report_goes_into_devices_pipes_and_links(source, tmp_path):
         assert json.loads(reader.stdout.read())["status"] == "complete"
     main(source, tmp_path / "out", report="/dev/null")
     assert Path("/dev/null").is_char_device()
+
+
+def test_a_report_that_cannot_be_written_is_named(source, capsys):
+    assert cli(c.arguments(source, "--report", "/dev/full")) == 1
+    assert capsys.readouterr().err.endswith("error: /dev/full: No space left on device\n")
 
 
 def test_a_report_to_stdout_comes_after_what_is_printed(source, capfd):

@@ -356,6 +356,30 @@ def test_a_source_that_changed_between_two_runs_is_left(
         c.assert_holds(tmp_path / "out" / name, expected)
 
 
+def test_what_may_have_been_mixed_with_a_source_of_another_revision_is_left_too(
+        tmp_path, monkeypatch, capsys):
+    """The third output takes codes from a source that has changed, and scales from the first."""
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+
+    def shards(seed):
+        given = {}
+        for stem in "abc":
+            given |= c.one_weight(stem, seed)[0]
+        held = zip(names, "abc", "cab", strict=True)
+        return {name: {key: given[key] for key in (f"{one}.weight", f"{other}.weight_scale_inv")}
+                for name, one, other in held}
+
+    source = c.write_checkpoint(tmp_path / "in", shards(0), CONFIG)
+    empty_some(source, tmp_path / "out", 1, monkeypatch)
+    assert emptied_of(source, names) == names[1:2]
+    save_file(shards(5)[names[2]], source / names[2], {"format": "pt"})
+    assert cli(c.arguments(source, "--delete-source")) == 0
+    assert emptied_of(source, names) == names[1:2]
+    said = capsys.readouterr().err
+    for at, why in ((0, f"{source / names[2]}, which it goes with, is"), (2, "it is")):
+        assert f"Warning: {source / names[at]} has been left as it is: {why} not known" in said
+
+
 def test_the_stamps_of_shards_with_one_name_in_two_folders_are_told_apart(tmp_path, monkeypatch):
     """The codes are in `a`, the scales in `b`; later `b` becomes as old as `a`, and another."""
     tensors, _ = c.one_weight()
@@ -370,6 +394,20 @@ def test_the_stamps_of_shards_with_one_name_in_two_folders_are_told_apart(tmp_pa
     os.utime(left, ns=(0, 0))
     main(tmp_path / "in", tmp_path / "out", delete_source=True)
     assert not c.is_emptied(left)
+
+
+def test_an_only_copy_that_was_packed_otherwise_is_never_called_verified(emptied, tmp_path, capsys):
+    out, tensors = tmp_path / "out", {}
+    for path in out.glob("*.safetensors"):
+        tensors |= {name: torch.zeros_like(tensor) for name, tensor in load_file(path).items()}
+        path.unlink()
+    save_file(tensors, out / SHARD, {"format": "pt"})
+    index = c.read_json(out / INDEX)
+    c.write_json(out / INDEX, index | {"weight_map": dict.fromkeys(tensors, SHARD)})
+    assert cli(c.arguments(emptied, "--verify")) == 1
+    said = capsys.readouterr().err
+    for name in (ONE, TWO):
+        assert f"{out / name}: is missing, and its input was emptied, so its values cannot" in said
 
 
 # --- shards that version 2.0 emptied: only the old header, which names no takers ---

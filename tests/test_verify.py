@@ -212,6 +212,14 @@ def test_missing_files_are_named_and_hide_nothing(source, out, capsys):
     assert len(lines) == 5
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+@pytest.mark.parametrize("name", [INDEX, "config.json", TWO])
+def test_what_is_no_file_is_named_and_never_read(source, out, capsys, kind, name):
+    (out / name).unlink()
+    c.special_file(out / name, kind)
+    assert f"{name}: is not a regular file" in differences(source, capsys)
+
+
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": "x"}',
                                    '{"weight_map": {"a.weight": 7}}', "[]", "", "{", "[" * 99999])
 def test_an_index_that_is_none_hides_nothing(source, out, capsys, index):
