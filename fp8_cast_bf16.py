@@ -201,6 +201,10 @@ class Tensor(NamedTuple):
         return f"{self.dtype} {[*self.shape]}"
 
     @property
+    def signature(self) -> tuple[str, str, tuple[int, ...]]:
+        return self.name, self.dtype, self.shape
+
+    @property
     def leaf(self) -> str:
         return self.name.rpartition(".")[2]
 
@@ -258,6 +262,12 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def check_regular(path: Path) -> None:
+    """Raise CheckpointError for a folder, or a pipe, from which no byte may ever come."""
+    if is_there(path) and not path.is_file():
+        raise CheckpointError(f"{path}: is not a regular file; put the file itself there")
+
+
 def check_link(path: Path, root: Path) -> None:
     """Raise CheckpointError if a path is a link that leads out of the checkpoint.
 
@@ -312,8 +322,7 @@ def read_files(root: Path, index_name: str, top: Path) -> dict[str, dict]:
     files = {}
     for path in [root / name for name in names if is_there(root / name)]:
         check_link(path, top)
-        if not path.is_file():
-            raise CheckpointError(f"{path}: is not a regular file; put the file itself there")
+        check_regular(path)
         if (size := path.stat().st_size) > HEADER_LIMIT:
             raise CheckpointError(f"{path}: has {size} bytes; expected at most {HEADER_LIMIT}")
         try:
@@ -1327,9 +1336,9 @@ def check_twice(checkpoint: Checkpoint, dropped: dict[str, Tensor]) -> None:
     weight_map = checkpoint.files.get(checkpoint.index_name, {}).get("weight_map", {})
     for tensor in checkpoint.twice:
         first = checkpoint.tensors[tensor.name]
-        same = (tensor.dtype, tensor.shape) == (first.dtype, first.shape)
         if tensor.name not in weight_map and not (
-                tensor.name in dropped and same and read_small(first) == read_small(tensor)):
+                tensor.name in dropped and tensor.signature == first.signature
+                and read_small(first) == read_small(tensor)):
             raise tensor.error(f"stands in {first.path.name} too and no index says which counts; "
                                "remove the file that is not part of the checkpoint")
 
@@ -1425,6 +1434,9 @@ class Shard:
     def window(self) -> int:
         """The size of the windows by which it is hashed."""
         return next((proof.window for proof in self.proofs.values() if proof), WINDOW)
+
+    def whole_sources(self, step: Step) -> set[Path]:
+        return {tensor.path for tensor in step.sources} & self.stamps.keys()
 
     def sealed(self, fingerprint: str) -> bytes:
         return FINGERPRINT.sub(fingerprint.encode(), self.header, count=1)
@@ -1929,7 +1941,7 @@ def sync(path: Path) -> None:
 
 def facts_of(step: Step) -> list:
     """Return everything but data that decides the bytes of an output tensor."""
-    facts = [[tensor.name, tensor.dtype, tensor.shape] for tensor in step.sources]
+    facts = [tensor.signature for tensor in step.sources]
     if quantization := step.quantization:
         grid, row = quantization.grid, quantization.format
         facts += [quantization.number_format, row.divides, row.inverse, quantization.first_row,
@@ -2179,6 +2191,14 @@ def first_difference(tensor: Tensor, step: Step, start: int, got: torch.Tensor,
     return None
 
 
+def find_pairs(steps: list[Step], there: dict[str, Tensor]) -> list[tuple[Tensor, Step]]:
+    """Return the tensors that are there as they were planned, but for their place and their values,
+    with their steps.
+    """
+    return [(there[step.output.name], step) for step in steps if step.output.name in there
+            and there[step.output.name].signature == step.output.signature]
+
+
 def compare_values(pairs: list[tuple[Tensor, Step]], windows: dict[Path, int], pool: list[Worker],
                    bar: tqdm) -> tuple[list[Difference], dict[Path, str]]:
     """Compare tensors with what their steps give, unless the source has been emptied.
@@ -2240,12 +2260,6 @@ def differences(got: dict[str, str], expected: dict[str, str],
                              f"{expected.get(key, 'none')[:200]}")
 
 
-def check_regular(path: Path) -> None:
-    """Raise CheckpointError for a folder, or a pipe, from which no byte may ever come."""
-    if is_there(path) and not path.is_file():
-        raise CheckpointError(f"{path}: is not a regular file")
-
-
 def differing_files(plan: Plan, tensors: Iterable[Tensor]) -> Iterator[Difference]:
     """Yield what differs in the index, by the tensors that are there, and in the JSON files, and
     each file that only a quantized checkpoint has.
@@ -2293,14 +2307,13 @@ def compare_headers(plan: Plan) -> tuple[list[Difference], list[tuple[Tensor, St
         for tensor in tensors:
             if (first := there.setdefault(tensor.name, tensor)) is not tensor:
                 found.append(Difference(path, f"{path}: {tensor.name} stands in {first.path} too"))
-    steps = {step.output.name: step for step in steps_of(plan.shards)}
-    outputs = {name: step.output for name, step in steps.items()}
+    steps = steps_of(plan.shards)
+    outputs = {step.output.name: step.output for step in steps}
     found += differences({name: str(tensor) for name, tensor in there.items()},
                          {name: str(tensor) for name, tensor in outputs.items()},
                          lambda name: (there.get(name) or outputs[name]).path)
     found += differing_files(plan, there.values())
-    return found, [(there[name], step) for name, step in steps.items()
-                   if name in there and str(there[name]) == str(step.output)]
+    return found, find_pairs(steps, there)
 
 
 def find_differences(plans: list[Plan], mine: list[Shard], pool: list[Worker],
@@ -2361,7 +2374,8 @@ def was_proven(shard: Shard) -> bool:
     except CheckpointError:
         return False
     fingerprints = {proof.fingerprint for proof in shard.proofs.values() if proof}
-    return {tensor[:3] for tensor in tensors} == {step.output[:3] for step in shard.steps} and (
+    planned = {step.output.signature for step in shard.steps}
+    return {tensor.signature for tensor in tensors} == planned and (
         fingerprints <= {metadata.get(PROGRAM, "")})
 
 
@@ -2706,8 +2720,7 @@ def prove(shard: Shard, pool: list[Worker], bar: tqdm) -> Proof:
     check_loadable(shard.path)
     metadata, tensors = read_header(shard.path, remedy="its input has been left as it is")
     there = {tensor.name: tensor for tensor in tensors}
-    pairs = [(there[step.output.name], step) for step in shard.steps
-             if str(there.get(step.output.name)) == str(step.output)]
+    pairs = find_pairs(shard.steps, there)
     found, digests = compare_values(pairs, {shard.path: shard.window}, pool, bar)
     digest, header = digests[shard.path], read_bytes(shard.path, 0, len(shard.header))
     differs = bool(found) or not len(pairs) == len(shard.steps) == len(there)
@@ -2730,7 +2743,7 @@ def find_doubted(shards: list[Shard]) -> dict[Path, str]:
     for shard in shards:
         for step in shard.steps:
             for earlier in (shard.proofs[lost] for lost in step.lost):
-                for path in {tensor.path for tensor in step.sources} & shard.stamps.keys():
+                for path in shard.whole_sources(step):
                     if not earlier or earlier.stamps.get(path) != shard.stamps[path]:
                         doubted[path] = step.output.name
     return doubted
@@ -2740,7 +2753,7 @@ def find_kept(shard: Shard, nonfinite: set[Tensor],
               doubted: dict[Path, str]) -> Iterator[tuple[Path, str]]:
     """Yield the sources of a shard that must stay as they are although it is proven, and why."""
     for step in shard.steps:
-        sources = {tensor.path for tensor in step.sources} & shard.stamps.keys()
+        sources = shard.whole_sources(step)
         for path in sources:
             if step.output in nonfinite:
                 yield path, f"{step.output.name} has NaN or infinite values"
@@ -2815,6 +2828,16 @@ TORCH_NAMES = {
     "U32": "uint32", "I32": "int32", "BF16": "bfloat16", "F16": "float16", "U16": "uint16",
     "I16": "int16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I8": "int8",
     "U8": "uint8", "BOOL": "bool"}
+MAX_WORKERS = 1000  # More would only wait for each other.
+
+
+def check_options(device: str, workers: int | None, missing_scale: str) -> None:
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,4})?", device):
+        raise UsageError(f"device {device}: expected auto, cpu, cuda or cuda:N")
+    if workers is not None and not 0 < workers <= MAX_WORKERS:
+        raise UsageError(f"workers {workers}: expected a positive number, at most {MAX_WORKERS}")
+    if missing_scale not in MISSING_SCALE:
+        raise UsageError(f"missing_scale {missing_scale}: expected {', '.join(MISSING_SCALE)}")
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -2965,18 +2988,6 @@ def bf16_tensors(fp8_path: str | Path, device: str | torch.device = "cpu", *,
 
 
 # --- command line ---
-
-
-MAX_WORKERS = 1000  # More would only wait for each other.
-
-
-def check_options(device: str, workers: int | None, missing_scale: str) -> None:
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,4})?", device):
-        raise UsageError(f"device {device}: expected auto, cpu, cuda or cuda:N")
-    if workers is not None and not 0 < workers <= MAX_WORKERS:
-        raise UsageError(f"workers {workers}: expected a positive number, at most {MAX_WORKERS}")
-    if missing_scale not in MISSING_SCALE:
-        raise UsageError(f"missing_scale {missing_scale}: expected {', '.join(MISSING_SCALE)}")
 
 
 @dataclass
