@@ -262,10 +262,10 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: Path, remedy: str = "") -> None:
     """Raise CheckpointError for a folder, or a pipe, from which no byte may ever come."""
     if is_there(path) and not path.is_file():
-        raise CheckpointError(f"{path}: is not a regular file; put the file itself there")
+        raise CheckpointError(f"{path}: is not a regular file{remedy}")
 
 
 def check_link(path: Path, root: Path) -> None:
@@ -322,7 +322,7 @@ def read_files(root: Path, index_name: str, top: Path) -> dict[str, dict]:
     files = {}
     for path in [root / name for name in names if is_there(root / name)]:
         check_link(path, top)
-        check_regular(path)
+        check_regular(path, "; put the file itself there")
         if (size := path.stat().st_size) > HEADER_LIMIT:
             raise CheckpointError(f"{path}: has {size} bytes; expected at most {HEADER_LIMIT}")
         try:
